@@ -249,9 +249,7 @@ def rename_fields(config: dict[str, Any], path: str = "") -> dict[str, Any]:
     name = f"{path}{key}"
     if name in removed:
       if value != removed[name]:
-        raise ValueError(
-          f"config.{name}: {value!r} is not supported any more; the field was removed"
-        )
+        raise ValueError(f"config.{name}: the field was removed; {value!r} is not supported")
       continue
     new = _new_name(name) or key
     items = value if isinstance(value, list) else [value]

@@ -39,7 +39,7 @@ def log_summary(
   for advice in advise(config.to_dict()):
     logging.log(logging.WARNING if advice.is_warning else logging.INFO, advice.text)
   plain = as_json(config)
-  writer.write_text(0, {"config": f"```\n{json.dumps(plain, indent=1)}\n```"})
+  writer.write_text(0, "config", f"```\n{json.dumps(plain, indent=1)}\n```")
   writer.write_hparams(plain)
   figures = {f"train_{k}": v for k, v in program.task.batch_figures(batch).items()}
   info, counts = sources["train"].info, count_classes(sources)

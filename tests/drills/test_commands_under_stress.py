@@ -129,7 +129,7 @@ def test_nonfinite_parameters_never_saved(tmp_path):
   wild = "--config.optimizer.learning_rate=1e30"
   error = error_line(command.run(workdir, *LONGER, wild, expect=2))
   assert "not finite" in error or "nan" in error or "inf" in error
-  assert "the last good one is step 6" in error
+  assert "the last checkpoint is of step 6" in error
   assert find_checkpoint(workdir / "checkpoints").name == "6"
   jax.tree.map(np.testing.assert_array_equal, bits(workdir), good)
   assert "done after 12 steps" in command.run(workdir, *LONGER)

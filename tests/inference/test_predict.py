@@ -259,7 +259,7 @@ def test_top_k_one_deterministic(igpt_run):
 
 
 def test_unsupported_options_raise(vit_run, igpt_run, tmp_path):
-  with pytest.raises(ValueError, match=r"--samples .*--explain"):
+  with pytest.raises(ValueError, match=r"--samples: .*--explain"):
     predict.check_options(predictor_of(vit_run), Options(samples=3))
   with pytest.raises(ValueError, match="--prefix_fraction lies in"):
     predictor_of(igpt_run, prefix_fraction=2.0)

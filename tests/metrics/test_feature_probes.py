@@ -123,9 +123,9 @@ def test_around_stays_inside_stack():
   assert around(layers, "layer_3", 5) == layers[1:6]
   assert around(layers, "layer_0", 5) == layers[:5]
   assert around(layers, "layer_6", 5) == layers[2:]
-  with pytest.raises(ValueError, match="concatenate 9"):
+  with pytest.raises(ValueError, match="concatenate: 9"):
     around(layers, "layer_3", 9)
-  with pytest.raises(ValueError, match="concatenate is 4"):
+  with pytest.raises(ValueError, match="concatenate: 4"):
     create_probe("linear", concatenate=4)
 
 

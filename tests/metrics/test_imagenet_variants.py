@@ -55,5 +55,5 @@ def test_subset_equals_argmax_of_its_logits():
 
 
 def test_no_labels_raise():
-  with pytest.raises(ValueError, match="none of the 2 images"):
+  with pytest.raises(ValueError, match="label: none in 2 images"):
     score_rankings(np.zeros((2, 3), int), np.zeros((2, 3), bool))

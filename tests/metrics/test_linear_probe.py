@@ -40,5 +40,5 @@ def test_strength_independent_of_test_labels():
 
 def test_too_few_examples_raise():
   few = Labelled({"x": np.zeros((4, 2), np.float32)}, np.zeros(4, int))
-  with pytest.raises(ValueError, match="4 images of 1 classes"):
+  with pytest.raises(ValueError, match="4 of 1 classes"):
     Linear()(few, few)

@@ -334,7 +334,7 @@ def test_accelerator_type_device_count(name, devices):
 
 @pytest.mark.tpu
 def test_unknown_topology_raises():
-  with pytest.raises(ValueError, match=r"'v5e:3x3': .*v5e:4x4"):
+  with pytest.raises(ValueError, match=r"--topology=v5e:3x3: .*v5e:4x4"):
     find_machine("tpu", "v5e:3x3")
 
 

@@ -30,7 +30,7 @@ def test_all_kinds_written(tmp_path):
   with MetricWriter(tmp_path / "new") as writer:
     writer.write_scalars(3, {"train/loss": jnp.asarray(0.5), "rate": np.float32(0.25), "n": 2})
     writer.write_figures(3, {"train/batch": figure})
-    writer.write_text(3, {"config": "# seed: 0"})
+    writer.write_text(3, "config", "# seed: 0")
     writer.write_hparams({"optimizer": {"learning_rate": 0.1}, "sizes": (1, 2), "seed": 0})
   workdir = tmp_path / "new"
   assert read_metrics(workdir) == [{"step": 3, "train/loss": 0.5, "rate": 0.25, "n": 2.0}]
@@ -88,7 +88,7 @@ def test_secondary_processes_write_nothing(tmp_path, monkeypatch):
   with MetricWriter(tmp_path / "other") as writer:
     writer.write_scalars(1, {"loss": 1.0})
     writer.write_figures(1, {"figure": figure})
-    writer.write_text(1, {"text": "text"})
+    writer.write_text(1, "text", "text")
     writer.write_hparams({"a": 1})
     writer.flush()
   assert not (tmp_path / "other").exists()
@@ -145,7 +145,7 @@ def test_non_utf8_line_dropped(tmp_path):
 
 def test_surrogates_escaped_for_tensorboard(tmp_path):
   with MetricWriter(tmp_path) as writer:
-    writer.write_text(0, {"config": "source: folder:/b\udce9"})
+    writer.write_text(0, "config", "source: folder:/b\udce9")
     writer.write_hparams({"data": {"source": "folder:/b\udce9"}})
   tensor = tensorboard_of(tmp_path).Tensors("config/text_summary")[0].tensor_proto
   assert tensor.string_val == [rb"source: folder:/b\udce9"]

@@ -117,7 +117,7 @@ def run_and_terminate_the_first(workdir):
 def test_two_processes_compare_settings_and_stop_at_same_step(tmp_path):
   differences, lasts = run_and_terminate_the_first(tmp_path)
   for difference in differences:
-    assert difference.startswith("seed differs: 0 on process 0, 1 on process 1")
+    assert difference.startswith("seed: 0 on process 0, 1 on process 1")
   assert len(set(lasts)) == 1, "all processes stop at the same step"
   (checkpoint,) = (tmp_path / "checkpoints").iterdir()
   assert lasts[0] == f"stopped at {checkpoint.name}"

@@ -51,7 +51,7 @@ def test_invalid_mesh_raises(sizes, message):
 def test_check_batch_size():
   mesh = sharding.create_mesh({"data": 4, "fsdp": 2})
   sharding.check_batch_size(32, mesh, accumulation_steps=4)
-  with pytest.raises(ValueError, match=r"batch_size 20 .* such as 16"):
+  with pytest.raises(ValueError, match=r"batch_size: 20 .* such as 16"):
     sharding.check_batch_size(20, mesh)
   with pytest.raises(ValueError, match="32, such as 32"):
     sharding.check_batch_size(8, mesh, accumulation_steps=4)
@@ -88,7 +88,7 @@ def test_inapplicable_rule_raises(shape, spec, message):
 
 def test_parameter_without_rule_raises():
   mesh = sharding.create_mesh({"data": 8})
-  with pytest.raises(ValueError, match="parameter 'w'"):
+  with pytest.raises(ValueError, match="'w'"):
     sharding.parameter_specs(shapes(w=(2,)), (("v", ()),), mesh)
 
 

@@ -69,8 +69,8 @@ def draw_attention(
   width = max(across + 2 * MARGIN, 4.5)  # room for the subtitle above a single image
   figure = Figure(figsize=(width, 4.2), dpi=110)
   axes = figure.subplots(2, shown, squeeze=False)
-  places = {"left": MARGIN / width, "right": (MARGIN + across) / width, "top": 0.8, "bottom": 0.09}
-  figure.subplots_adjust(**places, wspace=0.08, hspace=0.08)
+  edges = {"left": MARGIN / width, "right": (MARGIN + across) / width, "top": 0.8, "bottom": 0.09}
+  figure.subplots_adjust(**edges, wspace=0.08, hspace=0.08)
   write_title(figure, "Attention", subtitle)
   height_width = images.shape[1:3]
   method = cv2.INTER_NEAREST if max(height_width) < SMALL else cv2.INTER_LINEAR

@@ -28,8 +28,8 @@ def draw_batch(
   shown = min(len(images), max_images)
   height, width = images.shape[1:3]
   figure, axes, cell = _grid(images, shown)
-  words = f"{shown} of {len(images)} images, {width} × {height} pixels"
-  write_title(figure, "Training batch", words)
+  subtitle = f"{shown} of {len(images)} images, {width} × {height} pixels"
+  write_title(figure, "Training batch", subtitle)
   for ax, image, label in zip(axes, images, labels, strict=False):
     _draw_image(ax, image)
     ax.set_xlabel(_describe(label, class_names, int(12.5 * cell)), fontsize=8.5, labelpad=4)
@@ -52,17 +52,17 @@ def draw_predictions(
     place = (1 - inches / width, 1 - 0.2 / height)
     figure.text(*place, text, ha="right", va="top", fontsize=9.5, color=color, weight="bold")
   for i, ax in enumerate(axes):
-    best, chance = int(predictions["labels"][i][0]), float(predictions["probabilities"][i][0])
-    name = shorten(name_of(best, class_names), int(11.5 * cell) - 8)
+    best, probability = (predictions[key][i][0] for key in ("labels", "probabilities"))
+    name = shorten(name_of(int(best), class_names), int(11.5 * cell) - 8)
     mark, color = ("✓", RIGHT) if correct[i] else ("✗", WRONG)
     _draw_image(ax, images[i], frame=color)
     style = {"fontsize": 9, "color": color, "weight": "bold"}
-    ax.set_xlabel(f"{mark} {name} ({chance:.0%})", labelpad=4, **style)
+    ax.set_xlabel(f"{mark} {name} ({float(probability):.0%})", labelpad=4, **style)
     if not correct[i]:
       truth = _describe(labels[i], class_names, 99).replace("\n", ", ")
       below = shorten(f"true: {truth}", int(13 * cell))
-      placed = {"xycoords": "axes fraction", "textcoords": "offset points"}
-      ax.annotate(below, (0.5, 0), (0, -18), **placed, ha="center", va="top", fontsize=8.5)
+      units = {"xycoords": "axes fraction", "textcoords": "offset points"}
+      ax.annotate(below, (0.5, 0), (0, -18), **units, ha="center", va="top", fontsize=8.5)
   return figure
 
 
@@ -76,14 +76,14 @@ def draw_ranking(
   write_title(figure, shorten(names[0], 60), "")
   left.set_anchor("N")
   _draw_image(left, image)
-  places = np.arange(len(names))
-  right.barh(places, probabilities, height=0.36, color=[RIGHT] + ["#9DB9CC"] * (len(names) - 1))
+  rows = np.arange(len(names))
+  right.barh(rows, probabilities, height=0.36, color=[RIGHT] + ["#9DB9CC"] * (len(names) - 1))
   right.set(xlim=(0, 1.13), ylim=(len(names) - 0.5, -0.8), xticks=[], yticks=[])
   right.spines[["top", "right", "bottom"]].set_visible(False)
   right.spines["left"].set_color("#bbbbbb")
-  for place, name, chance in zip(places, names, probabilities, strict=True):
-    right.text(0.012, place - 0.24, shorten(name, 40), fontsize=9, va="bottom")
-    right.text(chance + 0.015, place, f"{chance:.1%}", fontsize=8.5, va="center")
+  for row, name, probability in zip(rows, names, probabilities, strict=True):
+    right.text(0.012, row - 0.24, shorten(name, 40), fontsize=9, va="bottom")
+    right.text(probability + 0.015, row, f"{probability:.1%}", fontsize=8.5, va="center")
   return figure
 
 
@@ -162,8 +162,8 @@ def _name_classes(ax: Axes, totals: Integer[np.ndarray, " k"], class_names: Sequ
   names = class_names or [str(i) for i in range(len(totals))]
   ax.set_yticks(range(len(totals)), [shorten(name, 24) for name in names])
   style = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": QUIET}
-  for place, count in enumerate(totals.tolist()):
-    ax.annotate(f"{count:,}", (count, place), (4, 0), **style)
+  for row, count in enumerate(totals.tolist()):
+    ax.annotate(f"{count:,}", (count, row), (4, 0), **style)
   ax.margins(x=0.1)
 
 

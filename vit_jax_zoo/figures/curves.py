@@ -18,7 +18,7 @@ def draw_metrics(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Fig
   for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
     parts = sorted({key for row in rows for key in row if key.partition("/")[2] == name})
     if not parts:
-      raise ValueError(f"no metric {name!r} in the run")
+      raise ValueError(f"metric {name!r}: not in the run")
     for part, color in zip(reversed(parts), COLORS, strict=False):
       points = [(row["step"], row[part]) for row in rows if part in row]
       label = part.partition("/")[0]
@@ -43,9 +43,9 @@ def draw_probe(
   percent = [100 * value for value in accuracies]
   ax.plot(range(len(percent)), percent, color=COLORS[0], marker="o", markersize=5, linewidth=1.8)
   ax.plot(best, percent[best], "o", color=COLORS[0], markersize=11, fillstyle="none")
-  note = f"layer {best}, chosen on validation: {percent[best]:.1f} %"
-  place = best / max(len(percent) - 1, 1)
-  side = "left" if place < 1 / 3 else "right" if place > 2 / 3 else "center"
+  note = f"layer {best}, selected on validation: {percent[best]:.1f} %"
+  position = best / max(len(percent) - 1, 1)
+  side = "left" if position < 1 / 3 else "right" if position > 2 / 3 else "center"
   ax.annotate(note, (best, percent[best]), (0, 12), "data", "offset points", ha=side)
   style = {"textcoords": "offset points", "ha": "right", "color": QUIET, "fontsize": 9}
   for name, value in references:
@@ -98,8 +98,8 @@ def draw_shots(
     low, high = np.clip([mean - std, mean + std], 0, 100)
     ax.fill_between(shots, low, high, color=color, alpha=0.15, linewidth=0)
     for at, value in zip(shots, mean, strict=True) if len(curves) == 1 else ():
-      place = ((at, value), (0, 7), "data", "offset points")
-      ax.annotate(f"{value:.1f}", *place, ha="center", fontsize=9)
+      position = ((at, value), (0, 7), "data", "offset points")
+      ax.annotate(f"{value:.1f}", *position, ha="center", fontsize=9)
   ticks = sorted({shot for shots, _, _ in curves.values() for shot in shots})
   ax.set_xscale("log")
   ax.set_xticks(ticks, [str(tick) for tick in ticks])

@@ -1,4 +1,4 @@
-"""Figures of object detection: boxes and instance masks, predicted beside true ones."""
+"""Figures of object detection: ground truth and predicted boxes and instance masks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -140,8 +140,8 @@ def draw_boxes(
     ax.add_patch(box)
     frame = {"boxstyle": "square,pad=0.15", "fc": color, "ec": "none", "alpha": 0.85}
     style = {"color": "white" if color in DARK else "black", "bbox": frame, "fontsize": 7}
-    placed = {"textcoords": "offset points", "va": "top", "annotation_clip": False}
-    ax.annotate(name, (left, top), (1, -1), **placed, **style)
+    offset = {"textcoords": "offset points", "va": "top", "annotation_clip": False}
+    ax.annotate(name, (left, top), (1, -1), **offset, **style)
 
 
 def draw_masks(

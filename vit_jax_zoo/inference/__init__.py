@@ -1,4 +1,4 @@
-"""Trained models applied to images: `base` is the predictor protocol, one predictor a task."""
+"""Prediction for single images: the protocol (`base`), and a predictor per task."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def create_predictor(trained: "Trained", options: "Options") -> "Predictor":
-  """Returns the predictor of a model's task; ValueError if it has none, or refuses an option."""
+  """Returns the predictor of a model's task; ValueError without one, or for an invalid option."""
   core = {"classification": "vit_jax_zoo.inference.classification:ClassificationPredictor"}
   predictors = registry_of("task to predict with", "predictors", core)
   return predictors[trained.task.name](trained, options)

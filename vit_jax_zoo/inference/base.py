@@ -1,4 +1,4 @@
-"""The predictor protocol: one image in, what `vit_jax_zoo.predict` writes out."""
+"""The predictor protocol: from one image to the outputs of `vit_jax_zoo.predict`."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ class Trained:
   @property
   def model(self) -> Any:
     """The Linen module."""
-    return getattr(self.task, "model")  # noqa: B009  (every task has one; the protocol does not say)
+    return getattr(self.task, "model")  # noqa: B009  (a field of every task, not of the protocol)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Prediction:
 
 @runtime_checkable
 class Predictor(Protocol):
-  """Maps an image to a prediction; created once, it raises ValueError for options that it lacks."""
+  """Maps an image to a prediction; its creation raises ValueError for invalid options."""
 
-  reads: ClassVar[frozenset[str]]  # options that it reads: `predict` refuses others
+  reads: ClassVar[frozenset[str]]  # supported options; `predict` raises an error for others
 
   def __init__(self, trained: Trained, options: Options) -> None:
-    """Compiles nothing; the first image does."""
+    """Compiles nothing; the first image is slow."""
 
   def __call__(self, image: Image) -> Prediction:
     """Returns the prediction for an image."""

@@ -26,7 +26,7 @@ class ClassificationPredictor:
     self._logits = jax.jit(self._compute_logits)
     self._explain = jax.jit(self._task.explain)
     if options.explain and not hasattr(trained.model, "explain"):
-      raise ValueError(f"--explain: {type(trained.model).__name__} shows nothing of its inside")
+      raise ValueError(f"--explain: {type(trained.model).__name__} has no explanation to draw")
 
   def __call__(self, image: Image) -> Prediction:
     """Returns `top`, best first: `label`, `name` if known, `probability`."""
@@ -38,15 +38,15 @@ class ClassificationPredictor:
     best = np.argsort(-probabilities, kind="stable")[: max(1, count)]
     names = self._task.class_names
     scores = probabilities[best].tolist()
-    known = [{"name": names[label]} if names else {} for label in best]
-    rows = zip(best.tolist(), known, scores, strict=True)
+    named = [{"name": names[label]} if names else {} for label in best]
+    rows = zip(best.tolist(), named, scores, strict=True)
     top = [{"label": label, **name, "probability": score} for label, name, score in rows]
     shown = [names[label] if names else f"class {label}" for label in best]
     pictures: dict[str, Figure] = {"": draw_ranking(image, shown, scores)}
     if not self._options.explain:
       return Prediction({"top": top}, pictures)
-    found = self._explain(self._trained.variables, {"image": prepared[None]})
-    explained = self._task.draw_explanation(jax.device_get(found))
+    explanation = self._explain(self._trained.variables, {"image": prepared[None]})
+    explained = self._task.draw_explanation(jax.device_get(explanation))
     pictures |= dict(explained.images)
     return Prediction({"top": top}, pictures, model_pictures=explained.model)
 

@@ -1,4 +1,4 @@
-"""Collects predictions of all images in COCO's formats.
+"""COCO files of the predictions of all images.
 
     coco.json           images, annotations with a `score`, categories: pycocotools' `COCO(file)`
     coco_results.json   results for `COCO(ground_truth).loadRes(file)`; without `bbox` in it, masks
@@ -29,7 +29,7 @@ class GroundTruth:
 
   An image is matched if its path ends with one `file_name`, else if one has the same base name.
   Classes are matched by name, or by id if the model has no names; a class that is not in the file
-  keeps its id, or gets one above the file's if its id is another class's.
+  keeps its id, or if the file uses that id, gets one above the file's.
   """
 
   def __init__(self, file: pathlib.Path, paths: Sequence[pathlib.Path]) -> None:
@@ -62,14 +62,14 @@ class GroundTruth:
         why = f"{len(ids)} images of {self.file} have this file_name; expected one"
       elif ids:
         why = f"image {ids[0]!r} of {self.file} is already {given[ids[0]]}"
-      logging.warning("%s: %s; left out of coco.json", path, why)
+      logging.warning("%s: %s; not in coco.json", path, why)
     if len(found) < len(images):
       text = "%s: %d of %d images are not given; scores count their objects as missed"
       logging.warning(text, self.file, len(images) - len(found), len(images))
     return found
 
   def find(self, path: str, size: tuple[int, int]) -> Any:
-    """Returns an image's id, None if the file lacks it; logs an image of another size."""
+    """Returns an image's id, None if it is not in the file; warns about another size."""
     number = self.image_ids.get(path)
     expected = self._sizes.get(number, size)
     if size != expected:
@@ -93,7 +93,7 @@ class GroundTruth:
 
 
 class CocoFiles:
-  """Collects detections and segments of images; with `truth` of those in it, with its ids."""
+  """Collects detections and segments of images; with `truth`, of its images, with its ids."""
 
   def __init__(self, truth: GroundTruth | None = None) -> None:
     self._truth = truth
@@ -101,12 +101,12 @@ class CocoFiles:
     self._annotations: list[dict[str, Any]] = []
     self._panoptic: list[dict[str, Any]] = []
     self._names: dict[int, str] = {}
-    self._looked_for = {"objects": False, "segments": False}
+    self._has = {"objects": False, "segments": False}
 
   def add(self, path: str, name: str, image: Image, prediction: Prediction) -> None:
     """Adds the prediction for an image; `name` is the prefix of the names of its pictures."""
-    self._looked_for["objects"] |= prediction.objects is not None
-    self._looked_for["segments"] |= prediction.segments is not None
+    self._has["objects"] |= prediction.objects is not None
+    self._has["segments"] |= prediction.segments is not None
     number, (height, width) = len(self._images) + 1, image.shape[:2]
     if self._truth is not None:
       number = self._truth.find(path, (height, width))
@@ -114,37 +114,37 @@ class CocoFiles:
       return
     self._images.append({"id": number, "file_name": path, "height": height, "width": width})
     for found in prediction.objects or ():
-      known = {"id": len(self._annotations) + 1, "image_id": number}
-      self._annotations.append(known | self._without_name(found))
+      ids = {"id": len(self._annotations) + 1, "image_id": number}
+      self._annotations.append(ids | self._without_name(found))
     if prediction.segments is not None:
       segments = [self._without_name(segment) for segment in prediction.segments]
-      known = {"image_id": number, "file_name": f"{name}_panoptic.png"}
-      self._panoptic.append(known | {"segments_info": segments})
+      image_fields = {"image_id": number, "file_name": f"{name}_panoptic.png"}
+      self._panoptic.append(image_fields | {"segments_info": segments})
 
   def contents(self) -> dict[str, Any]:
     """Returns the contents of the files by name."""
     categories = [{"id": k, "name": v} for k, v in sorted(self._names.items())]
     if self._truth is not None:
       categories = self._truth.categories
-      if not any(self._looked_for.values()):
+      if not any(self._has.values()):
         logging.warning("--coco_ids: unused; the model predicts no objects")
     shared, files = {"images": self._images, "categories": categories}, {}
-    if self._looked_for["objects"]:
+    if self._has["objects"]:
       keys = ("image_id", "category_id", "bbox", "score", "segmentation")
       files["coco.json"] = {**shared, "annotations": self._annotations}
       files["coco_results.json"] = [{k: a[k] for k in keys if k in a} for a in self._annotations]
-    if self._looked_for["segments"]:
+    if self._has["segments"]:
       files["coco_panoptic.json"] = {**shared, "annotations": self._panoptic}
     return files
 
   def _without_name(self, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns an annotation as COCO has it; its class's name is kept for the categories."""
+    """Returns an annotation in COCO's format; stores the class name for the categories."""
     label, name = found["category_id"], found.get("name")
     if self._truth is not None:
       label = self._truth.category_id(label, name)
     self._names[label] = str(label) if name is None else name
-    known = {key: value for key, value in found.items() if key != "name"}
-    return {"iscrowd": 0, **known, "category_id": label}
+    fields = {key: value for key, value in found.items() if key != "name"}
+    return {"iscrowd": 0, **fields, "category_id": label}
 
 
 def box_annotation(

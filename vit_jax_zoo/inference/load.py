@@ -74,10 +74,10 @@ def load(
     )
   published = weights.load_pretrained(path, **options)
   if not published.task:
-    raise ValueError(f"{path} holds a part of a network; train with --config.task.neck_file={path}")
+    raise ValueError(f"{path}: part of a network; train with --config.task.neck_file={path}")
   if published.task == "classification" and published.config.get("num_classes") is None:
     if needs_head:
-      raise ValueError(f"{path} has no classifier; fine-tune it, or give weights with a head")
+      raise ValueError(f"{path}: has no classifier; fine-tune it, or use weights with a head")
     published.config["num_classes"] = 1  # a placeholder: only features are used
   if class_names:
     published.task_fields["class_names"] = tuple(class_names)
@@ -97,8 +97,9 @@ def task_of(pretrained: Pretrained) -> Task:
   preprocess = pretrained.preprocess
   fields = {**pretrained.task_fields, "num_classes": pretrained.config.get("num_classes")}
   fields |= {"image_mean": preprocess.mean, "image_std": preprocess.std}
-  known = {k: v for k, v in fields.items() if k in task_fields(pretrained.task)}
-  return create_task(pretrained.task, pretrained.model, **known)
+  names = task_fields(pretrained.task)
+  fields = {name: value for name, value in fields.items() if name in names}
+  return create_task(pretrained.task, pretrained.model, **fields)
 
 
 def _prepare_published(preprocess: Preprocess, image: Image) -> dict[str, np.ndarray]:
@@ -243,7 +244,7 @@ class _Run:
 
 
 def _frozen(value: Any) -> Any:
-  """Returns JSON's value with lists as tuples: Linen requires hashable fields."""
+  """Returns a JSON value with lists as tuples, since Linen's fields must be hashable."""
   if isinstance(value, list):
     return tuple(_frozen(item) for item in value)
   if isinstance(value, Mapping):
@@ -276,7 +277,7 @@ def _refitted(run: _Run) -> Variables:
   """Returns variables fitted to a model with another head, or to images of `run.size`."""
   if run.task_name != "classification":
     remedy = "image_size and num_classes can be changed for classifiers"
-    raise ValueError(f"{run.path} is a run of {run.task_name}; {remedy}")
+    raise ValueError(f"{run.path}: a run of {run.task_name}; {remedy}")
   model = run.model
   token_grid = getattr(model, "token_grid", None)
   if token_grid is None:  # only the head's shape differs

@@ -18,7 +18,7 @@ class Evaluator(abc.ABC):
     """Adds one batch; rows whose `batch["mask"]` is False are padding and do not count."""
 
   def merge(self, other: "Evaluator") -> None:
-    """Adds all examples of another host's evaluator; TypeError if it is of another class."""
+    """Adds all examples of another host's evaluator; TypeError for another class."""
     if not isinstance(other, type(self)):
       raise TypeError(f"cannot merge a {type(other).__name__} into a {type(self).__name__}")
     self._merge(other)
@@ -33,7 +33,7 @@ class Evaluator(abc.ABC):
 
 
 def real_rows(batch: Mapping[str, Any], count: int) -> Int[np.ndarray, " r"]:
-  """Returns the indices of the rows that are not padding, of `count` rows."""
+  """Returns the indices, among `count` rows, of those that are not padding."""
   return np.flatnonzero(np.asarray(batch.get("mask", np.ones(count)), bool))
 
 

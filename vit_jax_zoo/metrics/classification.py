@@ -69,7 +69,7 @@ class ClassificationEvaluator(Evaluator):
 
   def result(self) -> dict[str, float]:
     if not self.images:
-      raise ValueError("no image with a label was evaluated; is the evaluation split empty?")
+      raise ValueError("label: no labelled image in the evaluation; expected at least one")
     scores = {"accuracy": self.hits[0] / self.images}
     if 1 < self.ranks < self.num_classes:
       scores[f"top{self.ranks}_accuracy"] = sum(self.hits.values()) / self.images
@@ -77,7 +77,7 @@ class ClassificationEvaluator(Evaluator):
     return scores | (self._class_scores() if self.per_class else {})
 
   def confusion(self) -> Int[np.ndarray, "k k"]:
-    """Returns how often an image of label i (row) was predicted as j (column), if `per_class`."""
+    """Returns counts of images by label (row) and prediction (column), if `per_class`."""
     matrix = np.zeros((self.num_classes, self.num_classes), np.int64)
     for pair, count in self.pairs.items():
       matrix[pair] = count
@@ -113,7 +113,7 @@ def score_rankings(
   """
   labelled = labels.any(axis=1)
   if not labelled.any():
-    raise ValueError(f"none of the {len(labels)} images has a label; there is nothing to score")
+    raise ValueError(f"label: none in {len(labels)} images; expected at least one")
   ranked, labels = ranked[labelled], labels[labelled]
   occurring = np.asarray(labels.any(axis=0))
   if only_its_classes:

@@ -81,7 +81,7 @@ class DetectionEvaluator(Evaluator):
 
     truth, found = self._as_coco(kind)
     truth = COCO(truth)
-    # loadRes refuses an empty list.
+    # loadRes raises an error for an empty list.
     found = truth.loadRes(found) if found else COCO({**truth.dataset, "annotations": []})
     run = COCOeval_faster(truth, found, iouType=kind, print_function=lambda *_: None)
     run.params.catIds = list(class_ids)
@@ -116,7 +116,7 @@ class DetectionEvaluator(Evaluator):
     )
 
   def _unique(self) -> list[Image]:
-    """Returns the images in the order of their ids: ties do not depend on the hosts."""
+    """Returns the images sorted by id, so that ties do not depend on the hosts."""
     numbered = {image.image_id: image for image in self.images if image.image_id is not None}
     others = [image for image in self.images if image.image_id is None]
     return [numbered[key] for key in sorted(numbered)] + others
@@ -127,16 +127,16 @@ class DetectionEvaluator(Evaluator):
     for number, image in enumerate(self._unique(), start=1):
       sizes.append({"id": number, "height": image.size[0], "width": image.size[1]})
       for i, label in enumerate(image.labels):
-        known = {"id": len(truth) + 1, "image_id": number, "category_id": int(label)}
-        known |= {"iscrowd": int(image.is_crowd[i]), "area": float(image.areas[i])}
+        entry = {"id": len(truth) + 1, "image_id": number, "category_id": int(label)}
+        entry |= {"iscrowd": int(image.is_crowd[i]), "area": float(image.areas[i])}
         masks = {"segmentation": image.true_masks[i]} if kind == "segm" else {}
-        truth.append({**known, "bbox": image.boxes_xywh[i].tolist(), **masks})
+        truth.append({**entry, "bbox": image.boxes_xywh[i].tolist(), **masks})
       for i, label in enumerate(image.found_labels):
-        known = {"image_id": number, "category_id": int(label), "score": float(image.scores[i])}
+        entry = {"image_id": number, "category_id": int(label), "score": float(image.scores[i])}
         if kind == "bbox":
-          found.append(known | {"bbox": image.found_xywh[i].tolist()})
+          found.append(entry | {"bbox": image.found_xywh[i].tolist()})
         elif image.scores[i] > 0:
-          found.append(known | {"segmentation": image.found_masks[i]})
+          found.append(entry | {"segmentation": image.found_masks[i]})
     categories = [{"id": i, "name": str(i)} for i in range(self.num_classes)]
     return {"images": sizes, "annotations": truth, "categories": categories}, found
 

@@ -6,9 +6,9 @@
     knn         k nearest neighbours
 
 The linear probes are iGPT's (Chen et al., 2020, section 3.5), without augmentation, fitted to all
-images once the hyperparameter is selected. The layer is selected on held-out training images too.
-`concatenate` also evaluates the concatenated layers around it, as iGPT-XL's 15360 features are five
-layers'. Of several views of test images, linear probes take a majority vote, others the first.
+images after selection. The layer is selected on held-out training images, too. `concatenate` also
+evaluates the concatenated layers around it (iGPT-XL's 15360 features are of five layers). With
+several views of test images, linear probes take a majority vote, others the first view.
 """
 
 import abc
@@ -51,7 +51,7 @@ class FeatureScore:
   """Scores of one kind of feature on the test images; "accuracy" is the main one."""
 
   scores: Mapping[str, float]
-  validation: float | None = None  # accuracy on held-out images, if something was selected
+  validation: float | None = None  # accuracy on held-out images, if they were used for selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class FeatureProbe(abc.ABC):
 
   def __post_init__(self) -> None:
     if self.concatenate and (self.concatenate < 0 or self.concatenate % 2 == 0):
-      raise ValueError(f"concatenate is {self.concatenate}; expected an odd number of layers, or 0")
+      raise ValueError(f"concatenate: {self.concatenate}; expected an odd number of layers, or 0")
 
   def __call__(
     self, fit: Labelled, test: Labelled, held_out: Bool[np.ndarray, " b"] | None = None
@@ -82,8 +82,8 @@ class FeatureProbe(abc.ABC):
         test_rows = Rows(test_rows.features[:, 0], test_rows.labels)
       if len(fit.features) == 1 and not self.majority_vote:
         return FeatureScore(self.score(train_rows, test_rows))
-      held = hold_out(fit.labels) if held_out is None else held_out
-      return self.select_and_score(train_rows, test_rows, held)
+      rows = hold_out(fit.labels) if held_out is None else held_out
+      return self.select_and_score(train_rows, test_rows, rows)
 
     found = {name: score([name]) for name in fit.features}
     if self.concatenate:
@@ -92,7 +92,7 @@ class FeatureProbe(abc.ABC):
     return found
 
   def select_and_score(self, fit: Rows, test: Rows, held_out: np.ndarray) -> FeatureScore:
-    """Scores with the accuracy on held-out images, by which a layer is selected."""
+    """Returns the scores, with the accuracy on held-out images, for the selection of a layer."""
     validation = self.score(fit[~held_out], fit[held_out])["accuracy"]
     return FeatureScore(self.score(fit, test), validation)
 
@@ -102,17 +102,16 @@ class FeatureProbe(abc.ABC):
 
 
 class _LinearProbe(FeatureProbe):
-  """A classifier with a hyperparameter, which is selected on held-out images."""
-
   majority_vote = True
   candidates: ClassVar[str]  # field with the values to choose from; without "s", the score's name
 
   def select_and_score(self, fit: Rows, test: Rows, held_out: np.ndarray) -> FeatureScore:
     values = getattr(self, self.candidates)
-    reached = self.accuracies(fit[~held_out], fit[held_out], values)
-    best = int(np.argmax(reached))
+    validation = self.accuracies(fit[~held_out], fit[held_out], values)
+    best = int(np.argmax(validation))
     (accuracy,) = self.accuracies(fit, test, values[best : best + 1])
-    return FeatureScore({"accuracy": accuracy, self.candidates[:-1]: values[best]}, reached[best])
+    scores = {"accuracy": accuracy, self.candidates[:-1]: values[best]}
+    return FeatureScore(scores, validation[best])
 
   @abc.abstractmethod
   def accuracies(self, fit: Rows, test: Rows, values: Sequence[float]) -> list[float]:
@@ -134,27 +133,27 @@ class Linear(_LinearProbe):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    found = []
+    accuracies = []
     for strength in values:
       classifier = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=300))
       with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # what it has reached by then is scored
+        warnings.simplefilter("ignore", ConvergenceWarning)  # scored as it is after `max_iter`
         classifier.fit(fit.features, fit.labels)
-      named = classifier.predict(test.features.reshape(-1, test.features.shape[-1]))
-      named = _vote(np.asarray(named).reshape(test.features.shape[:-1]))
-      found.append(float(np.mean(named == test.labels)))
-    return found
+      predicted = classifier.predict(test.features.reshape(-1, test.features.shape[-1]))
+      predicted = _vote(np.asarray(predicted).reshape(test.features.shape[:-1]))
+      accuracies.append(float(np.mean(predicted == test.labels)))
+    return accuracies
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearSgd(_LinearProbe):
-  """Softmax regression by SGD, which scikit-learn lacks: iGPT's for ImageNet, with its "rate"."""
+  """Softmax regression by SGD (not in scikit-learn): iGPT's for ImageNet. Score: also "rate"."""
 
   title = "Linear probe (SGD)"
   candidates = "rates"
 
   rates: tuple[float, ...] = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)  # decay to 0 with a cosine
-  num_epochs: int = 100  # the paper made a million steps
+  num_epochs: int = 100  # the paper: a million steps
   batch_size: int = 1024  # limited to the number of images
 
   def accuracies(self, fit: Rows, test: Rows, values: Sequence[float]) -> list[float]:
@@ -165,9 +164,9 @@ class LinearSgd(_LinearProbe):
       part = test[start : start + 4096]
       x = standardise(part.features)
       flat = jnp.asarray(x.reshape(-1, x.shape[-1]))
-      found = np.asarray(_logits(parameters, flat)).argmax(axis=-1)
-      named = np.stack([_vote(row.reshape(x.shape[:-1])) for row in found])
-      hits += (named == part.labels).sum(axis=1)
+      labels = np.asarray(_logits(parameters, flat)).argmax(axis=-1)
+      predicted = np.stack([_vote(row.reshape(x.shape[:-1])) for row in labels])
+      hits += (predicted == part.labels).sum(axis=1)
     return list((hits / len(test.labels)).tolist())
 
   def fit(self, data: Rows, rates: Sequence[float], num_classes: int) -> tuple[Any, Any]:
@@ -200,13 +199,11 @@ def _logits(parameters: tuple[Array, Array], x: Float[Array, "n d"]) -> Float[Ar
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
 def _sgd_step(parameters: Any, momenta: Any, x: Array, labels: Array, rates: Array) -> Any:
-  """Makes a step of SGD with momentum 0.9 for each rate."""
-
   def loss(parameters: Any) -> Float[Array, ""]:
     logits = _logits(parameters, x)
     targets = jnp.broadcast_to(labels, logits.shape[:2])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return jnp.sum(jnp.mean(losses, axis=1))  # the rates' parameters have nothing in common
+    return jnp.sum(jnp.mean(losses, axis=1))  # each rate has its own parameters
 
   gradients = jax.grad(loss)(parameters)
   momenta = jax.tree.map(lambda m, g: jnp.float32(0.9) * m + g, momenta, gradients)
@@ -217,7 +214,7 @@ def _sgd_step(parameters: Any, momenta: Any, x: Array, labels: Array, rates: Arr
 def majority_vote(labels: Int[Array, "v b"], rng: jax.Array) -> Int[Array, " b"]:
   """Returns the most frequent label of v views of each image; ties are broken at random."""
   agreeing = jnp.sum(labels[:, None] == labels[None], axis=1)
-  # Tied labels have as many views each, so a view drawn among theirs is a label drawn evenly.
+  # Tied labels have equally many views, so a random one of these views is a fair tie-break.
   chosen = jnp.argmax(agreeing + jax.random.uniform(rng, labels.shape), axis=0)
   return jnp.take_along_axis(labels, chosen[None], axis=0)[0]
 
@@ -235,8 +232,8 @@ BIAS = 100.0  # the constant feature of few-shot regression, which is regularise
 class FewShot(FeatureProbe):
   """Ridge regression on a few images per class, to targets of 1 and -1, as in the ViT paper (4.1).
 
-  big_vision's constants. In float64: the constant feature dominates the spectrum, so that float32
-  would lose three or more digits of the weights. Scores: mean "<n>_shot" and standard deviation
+  big_vision's constants. In float64, as the constant feature dominates the spectrum: float32 would
+  lose at least three digits of the weights. Scores: mean "<n>_shot" and standard deviation
   "<n>_shot_std" over the seeds; "accuracy" is "5_shot" as in the paper, else that of most shots.
   """
 
@@ -262,7 +259,7 @@ class FewShot(FeatureProbe):
 
 
 def choose_shots(labels: Int[np.ndarray, " n"], shots: int, seed: int) -> Int[np.ndarray, " m"]:
-  """Returns the rows to fit to: `shots` per class, or all, among those of more shots."""
+  """Returns at most `shots` random rows per class, a subset of those of more shots."""
   rng = np.random.default_rng(seed)
   rows = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
   return np.concatenate([row[:shots] for row in rows])
@@ -334,7 +331,7 @@ def create_probe(name: str, **fields: Any) -> FeatureProbe:
   check_names(f"field of the probe {name!r}", fields, field_names(PROBES[name]))
   for field, value in fields.items():
     if isinstance(value, list | tuple) and not value:
-      raise ValueError(f"{field} of the probe {name!r} is empty; name at least one value")
+      raise ValueError(f"probe {name!r}: {field} is empty; expected at least one value")
   plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
   return PROBES[name](**plain)
 
@@ -346,7 +343,7 @@ def create_probes(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Fea
     if "fit_split" in spec:
       probes[name] = create_probe(**{"name": "linear"} | dict(spec.get("probe") or {}))
     elif "probe" in spec:
-      raise ValueError(f"the evaluation {name!r} is a probe; set the fit_split that it learns from")
+      raise ValueError(f"data.eval.{name}.fit_split: not set; expected the probe's training split")
   return probes
 
 
@@ -355,7 +352,9 @@ def hold_out(labels: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
   held_out = np.random.default_rng(0).permutation(len(labels)) < round(0.1 * len(labels))
   if not held_out.any() or len(np.unique(labels[~held_out])) < 2:
     classes = len(np.unique(labels))
-    raise ValueError(f"{len(labels)} images of {classes} classes are too few to probe with")
+    raise ValueError(
+      f"probe: too few images, {len(labels)} of {classes} classes; use a larger split"
+    )
   return held_out
 
 
@@ -374,7 +373,7 @@ def around(layers: Sequence[str], best: str, count: int) -> list[str]:
   (['d', 'e', 'f'], ['a', 'b', 'c'])
   """
   if len(layers) < count:
-    raise ValueError(f"the probe shall concatenate {count} layers, but there are {len(layers)}")
+    raise ValueError(f"concatenate: {count}; expected at most the {len(layers)} layers")
   first = min(max(list(layers).index(best) - count // 2, 0), len(layers) - count)
   return list(layers[first : first + count])
 

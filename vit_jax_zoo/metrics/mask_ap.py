@@ -42,13 +42,13 @@ class InstanceEvaluator(DetectionEvaluator):
     return dataclasses.replace(image, true_masks=truth, found_masks=found)
 
   def _pasted(self, predictions: Mapping[str, Any], row: int, size: tuple[int, int]) -> list[Any]:
-    there = np.asarray(predictions["is_object"][row], bool)
+    real = np.asarray(predictions["is_object"][row], bool)
     masks, boxes = (
-      np.asarray(predictions[key][row], np.float64)[there] for key in ("box_masks", "boxes_xyxy")
+      np.asarray(predictions[key][row], np.float64)[real] for key in ("box_masks", "boxes_xyxy")
     )
     found = iter(encode_masks(paste_masks(masks, boxes, size, convention=self.paste_convention)))
     empty = encode_masks(np.zeros((1, *size), bool))[0]
-    return [next(found) if exists else empty for exists in there]
+    return [next(found) if is_object else empty for is_object in real]
 
   def result(self) -> dict[str, float]:
     scores = super().result()
@@ -66,14 +66,14 @@ def original_masks(
   index rounded down. `mask_logits` is [b q i j], `row` the example, `size` the original image's.
   """
   padded = batch["image"].shape[1:3]
-  shown = batch["image_size"][row] if "image_size" in batch else padded
+  inner = batch["image_size"][row] if "image_size" in batch else padded
   rows, columns = (
     np.floor(np.arange(after, dtype=np.float32) * np.float32(int(before) / after)).astype(int)
-    for before, after in zip(shown, size, strict=True)
+    for before, after in zip(inner, size, strict=True)
   )
   for logits in np.asarray(predictions["mask_logits"][row], np.float32):
     large = cv2.resize(logits, (padded[1], padded[0]), interpolation=cv2.INTER_LINEAR)
-    yield (large > 0)[np.minimum(rows, shown[0] - 1)][:, np.minimum(columns, shown[1] - 1)]
+    yield (large > 0)[np.minimum(rows, inner[0] - 1)][:, np.minimum(columns, inner[1] - 1)]
 
 
 def _true_masks(batch: Mapping[str, Any], row: int, size: tuple[int, int]) -> list[dict[str, Any]]:

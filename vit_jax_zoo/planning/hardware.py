@@ -90,15 +90,15 @@ def find_machine(platform: str, topology: str | None = None) -> Machine:
   """
   check_names("platform", [platform], PLATFORMS)
   if platform != "cuda" and not getattr(jax.config, "jax_platforms", None):
-    jax.config.update("jax_platforms", "cpu")  # shapes alone: nothing else need be started
+    jax.config.update("jax_platforms", "cpu")  # only shapes: no other backend is needed
   if platform == "tpu":
     return _tpu_slice(topology)
   if topology is not None:
-    raise ValueError(f"--topology={topology} --platform={platform}: leave one of them out")
+    raise ValueError(f"--topology={topology} --platform={platform}: expected only one of them")
   try:
     devices = jax.devices(platform)
   except RuntimeError as error:
-    raise RuntimeError(f"there is no {platform} device here: {error}") from None
+    raise RuntimeError(f"--platform={platform}: no such device ({error})") from None
   kind = devices[0].device_kind
   if platform == "cpu":
     memory = float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES") / len(devices)
@@ -116,12 +116,12 @@ def find_topology(name: str | None) -> str:
   ('v5e:4x4', 'v5p:4x4x4', 'v5e:4x4')
   """
   if name is None:
-    raise ValueError("--topology is missing; name a TPU slice, such as --topology=v5e:4x4")
+    raise ValueError("--topology: missing; expected a TPU slice, such as --topology=v5e:4x4")
   version, separator, size = name.partition("-")
   version = "v5e" if version == "v5litepod" else version.partition(":")[0]
   if version not in _MAX_CHIPS:
     unknown = unknown_name("TPU", version, _MAX_CHIPS)
-    raise ValueError(f"{unknown}; got the topology {name!r}, write v5e:4x4")
+    raise ValueError(f"--topology={name}: {unknown}; expected a slice such as v5e:4x4")
   if not separator:
     return name
   shapes = _SHAPES_3D if version in ("v4", "v5p") else _SHAPES_2D
@@ -154,16 +154,16 @@ def _tpu_slice(name: str | None) -> Machine:
   topology = find_topology(name)
   version = topology.partition(":")[0]
   if importlib.util.find_spec("libtpu") is None:
-    raise ImportError("planning for a TPU needs libtpu; pip install -e '.[plan]'")
-  several = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # plans at a time; none of them has a TPU
-  os.environ.update(libtpu.QUIET | several | os.environ)
+    raise ImportError("libtpu: not installed; planning for a TPU needs pip install -e '.[plan]'")
+  parallel = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # several planning processes, none with a TPU
+  os.environ.update(libtpu.QUIET | parallel | os.environ)
   libtpu.hide_flags_of_others()
   options = {"chip_config_name": "megacore"} if version == "v4" else {}
   try:
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(
-      f"there is no topology {topology!r}: {str(error).splitlines()[0]}; such as v5e:4x4, "
+      f"--topology={topology}: {str(error).splitlines()[0]}; expected one such as v5e:4x4, "
       "v5e:16x16, v5p:4x4x4, v6e:8x8, v4:2x2x2, v3:4x4"
     ) from None
   kind = found.devices[0].device_kind

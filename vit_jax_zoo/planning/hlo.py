@@ -119,7 +119,7 @@ def parse(text: str) -> Module:
     elif current is not None and line.startswith("  ") and " = " in line:
       current.append(line)
   if entry is None:
-    raise ValueError("the text has no ENTRY computation; expected an HLO module as XLA prints it")
+    raise ValueError("text: no ENTRY computation; expected an HLO module as XLA prints it")
   partitions = re.search(r"num_partitions=(\d+)", text[:100_000])
   replicas = re.search(r"replica_count=(\d+)", text[:100_000])
   devices = math.prod(int(found[1]) for found in (partitions, replicas) if found)
@@ -152,13 +152,12 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-  """Returns the index of the parenthesis that closes the one at `opening`."""
   depth = 0
   for i in range(opening, len(text)):
     depth += (text[i] == "(") - (text[i] == ")")
     if depth == 0:
       return i
-  raise ValueError(f"a parenthesis is not closed in {text[:60]!r}")
+  raise ValueError(f"HLO: unclosed parenthesis in {text[:60]!r}")
 
 
 @functools.lru_cache(maxsize=65536)
@@ -197,10 +196,10 @@ def _traffic(module: Module, name: str, times: int, *, fused: bool) -> Traffic:
       inner = times * (1 if trips is None else trips)
     if kind in _SENT:
       operands = (shapes[name] for name in instruction.operands if name in shapes)
-      given = sum((shape_bytes(operand.shape) for operand in operands), 0.0)
+      size = sum((shape_bytes(operand.shape) for operand in operands), 0.0)
       # A TPU's name for an all-reduce whose result is scattered.
       kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
-      sent = given * _SENT[kind](group_size(instruction.rest, module.num_devices))
+      sent = size * _SENT[kind](group_size(instruction.rest, module.num_devices))
       found.add(Traffic(0.0, {kind: times * sent}, Counter({kind: times})))
     else:
       for called in instruction.called:
@@ -213,7 +212,7 @@ def _traffic(module: Module, name: str, times: int, *, fused: bool) -> Traffic:
 
 
 def _trip_count(module: Module, loop: Instruction) -> int | None:
-  """Returns a loop's number of iterations: as XLA annotates it, or from `counter < constant`."""
+  """Returns a loop's number of iterations: XLA's annotation, or from `counter < constant`."""
   noted = _TRIPS.search(loop.rest)
   if noted:
     return int(noted[1])

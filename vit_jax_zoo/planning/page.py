@@ -57,7 +57,7 @@ def rows() -> tuple[list[Row], dict[str, str]]:
     name = recipe.removeprefix("configs/")
     matching = [s for s in sections if fnmatch.fnmatchcase(name, s["recipes"])]
     if not matching:
-      raise ValueError(f"{SLICES}: no section for {name}; add one with `topology` or `not_planned`")
+      raise ValueError(f"{SLICES}: no section for {name}; add one with topology or not_planned")
     reasons = [s["not_planned"] for s in matching if "not_planned" in s]
     if reasons:
       without[recipe] = reasons[0]
@@ -90,8 +90,8 @@ def write_page(found: Mapping[str, Any] | None = None) -> None:
     fcntl.flock(file, fcntl.LOCK_EX)  # closing the file, or the end of the process, unlocks it
     if found:
       results = {**_stored(), **found}  # read again: other processes may have stored other rows
-      known = {row.key for row in rows()[0]}
-      lines = [f"{json.dumps(k)}: {json.dumps(results[k])}" for k in sorted(results) if k in known]
+      keys = {row.key for row in rows()[0]}
+      lines = [f"{json.dumps(k)}: {json.dumps(results[k])}" for k in sorted(results) if k in keys]
       atomic_write.write(PLANS, "{\n" + ",\n".join(lines) + "\n}\n")
     atomic_write.write(PAGE, page())
 
@@ -143,16 +143,16 @@ def _stored() -> dict[str, Any]:
 
 def _is_current(row: Row, results: Mapping[str, Any], level: str | None) -> bool:
   result = results.get(row.key, {})
-  enough = result.get("optimization_level") in (None, level)
-  return enough and result.get("digest") == digest(row) and "error" not in result
+  has_level = result.get("optimization_level") in (None, level)
+  return has_level and result.get("digest") == digest(row) and "error" not in result
 
 
 def digest(row: Row) -> str:
   """Returns a hash of the config fields on which a row's plan depends."""
-  known = json.loads(load(row.config, row.overrides).to_json_best_effort())
-  fields = {field: known[field] for field in DECISIVE}
+  config = json.loads(load(row.config, row.overrides).to_json_best_effort())
+  fields = {field: config[field] for field in DECISIVE}
   fields["optimizer"] = _without_rates(fields["optimizer"])
-  fields["data"] = known["data"]["train"], known["data"]["loader"].get("buckets")
+  fields["data"] = config["data"]["train"], config["data"]["loader"].get("buckets")
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -153,7 +153,7 @@ def make_plan(
     accumulation_steps=parts.config.accumulation_steps,
     num_steps=parts.num_steps,
     num_examples=len(parts.train_source),
-    batch_shapes=[(share, _image_shape(batch)) for share, batch in kinds],
+    batch_shapes=[(fraction, _image_shape(batch)) for fraction, batch in kinds],
     fits=False,
     memory=memory,
     flops=flops,
@@ -163,7 +163,7 @@ def make_plan(
   )
   if not compile_step:
     return plan
-  mean_size = sum(share * _size(batch) for share, batch in kinds) / _size(largest)
+  mean_size = sum(fraction * _size(batch) for fraction, batch in kinds) / _size(largest)
   return _compiled(plan, program, machine, mean_size)
 
 
@@ -175,7 +175,7 @@ def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) 
     compiled, text = compile_text(lowered)
   except jax.errors.JaxRuntimeError as error:
     if error.error_code_string != "RESOURCE_EXHAUSTED":
-      raise RuntimeError(f"{machine.name} cannot compile {plan.config}: {error}") from None
+      raise RuntimeError(f"{plan.config}: does not compile for {machine.name}: {error}") from None
     memory = dataclasses.replace(plan.memory, peak=needed_memory(str(error), plan.memory))
     return dataclasses.replace(plan, memory=memory)
   seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
@@ -237,7 +237,7 @@ def _without_cache() -> Iterator[None]:
 
 
 def needed_memory(message: str, memory: Memory) -> float | None:
-  """Returns the bytes that a step would need: its total or temporaries in XLA's error, or None."""
+  """Returns the bytes that a step needs, from the total or temporaries in XLA's error, or None."""
   # XLA's error has a code and no attribute for the size.
   total = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
   found = total or re.search(r"required for HLO temporaries \(([\d.]+)([KMG])\)", message)

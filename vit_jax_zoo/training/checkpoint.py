@@ -45,9 +45,9 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
   """Saves and restores the state of one run, and the variables with the best score.
 
   A context manager, which waits for saves in progress at its end. The first save creates the
-  directories, keeps the `keep` newest, and deletes incomplete ones. Saving raises RuntimeError if
-  `read_only`, and OSError, in this save or the next, if the disk is full. `best_mode` is "max" or
-  "min".
+  directories and deletes incomplete checkpoints; the `keep` newest are kept. Saving raises
+  RuntimeError if `read_only`, and OSError, in this save or the next, if the disk is full.
+  `best_mode` is "max" or "min".
   """
 
   def __init__(
@@ -80,7 +80,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     return self._newest.manager.latest_step()
 
   def save(self, step: int, state: Any) -> bool:
-    """Starts to save the state, which may be donated then; returns False if the step is on disk."""
+    """Starts to save the state, which may then be donated; returns False if the step is on disk."""
     self._check_writable()
     saved = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)})
     with self._disk_errors():
@@ -102,7 +102,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     verify(directory, self._advice)
     with _damage_reported(directory, self._advice):
       saved = _saved_arrays(directory / STATE)
-    what = f"the checkpoint {directory} does not fit this run's state (remove it if another run's)"
+    what = f"{directory}: does not fit this run's state (remove it if it is another run's)"
     _check_fits(_by_path(abstract_state), saved, saved, what, with_dtype=True)
     arguments = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract_state)})
     with _damage_reported(directory, self._advice):
@@ -114,7 +114,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       return f"remove this folder; the same command then resumes at step {earlier[-1]}"
     best = self._best.manager.best_step()
     start = "" if best is None else f" (or use --config.init_from={self.workdir / BEST}/{best})"
-    return f"there is no earlier step: remove this folder; the run then starts from scratch{start}"
+    return f"no earlier step: remove this folder; the run then starts from scratch{start}"
 
   def save_best(self, step: int, variables: Any, score: float | int) -> bool:
     """Saves the variables if the score, equal on all processes, is the best; returns whether."""
@@ -169,11 +169,11 @@ class _Folder:
     return self.manager.save(step, force=True, **arguments)
 
   def wait(self) -> bool:
-    """Waits for a save; returns whether checkpoints were removed by others, which is logged."""
+    """Waits for a save; logs and returns whether checkpoints were removed from outside."""
     try:
       self.manager.wait_until_finished()
-      known = self.manager.all_steps() if self._writable and jax.process_count() == 1 else ()
-      removed = set(known) - set(steps(self._directory))
+      saved = self.manager.all_steps() if self._writable and jax.process_count() == 1 else ()
+      removed = set(saved) - set(steps(self._directory))
     except Exception as error:
       missing = isinstance(error, FileNotFoundError) or str(error).startswith("NOT_FOUND")
       if jax.process_count() > 1 or (any(self._directory.glob("*")) and not missing):
@@ -212,7 +212,7 @@ def restore_variables(
   *,
   left_out: Sequence[str] = (),
 ) -> dict[str, Any]:
-  """Restores the variables, averaged if they are, of `find_checkpoint(path)`.
+  """Restores the variables (the moving averages, if there are any) of `find_checkpoint(path)`.
 
   `abstract_variables` are arrays or shapes of the result, with dtype and `sharding` (default: one
   device), ValueError if they do not fit; None: numpy arrays as saved. `left_out` are sub-trees by
@@ -224,29 +224,29 @@ def restore_variables(
   item = _item(directory)
   with _damage_reported(directory, advice):
     saved = _saved_arrays(item)
-  places = _places(saved) if item.name == STATE else {key: key for key in saved}
-  found = {path: saved[key] for path, key in places.items()}
+  keys = _keys_in_state(saved) if item.name == STATE else {key: key for key in saved}
+  arrays = {path: saved[key] for path, key in keys.items()}
   if abstract_variables is None:
-    target = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in found.items()}
-    arguments = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in found}
+    target = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in arrays.items()}
+    arguments = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in arrays}
   else:
-    target = {path: _placed(leaf) for path, leaf in _by_path(abstract_variables).items()}
+    target = {path: _with_sharding(leaf) for path, leaf in _by_path(abstract_variables).items()}
     arguments = ocp.checkpoint_utils.construct_restore_args(target)
     left = tuple(f"{part}/" for part in left_out)
-    read = [path for path in found if not path.startswith(left)]
-    _check_fits(target, found, read, f"the checkpoint {directory} does not fit this model")
+    read = [path for path in arrays if not path.startswith(left)]
+    _check_fits(target, arrays, read, f"{directory}: does not fit this model")
   like, restore_args = (
-    traverse_util.unflatten_dict({places[path]: flat[path] for path in target}, sep="/")
+    traverse_util.unflatten_dict({keys[path]: flat[path] for path in target}, sep="/")
     for flat in (target, arguments)
   )
   with _damage_reported(directory, advice):
     partial = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
     restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(item, args=partial)
   restored = traverse_util.flatten_dict(restored, sep="/")
-  return traverse_util.unflatten_dict({path: restored[places[path]] for path in target}, sep="/")
+  return traverse_util.unflatten_dict({path: restored[keys[path]] for path in target}, sep="/")
 
 
-def _places(saved: Iterable[str]) -> dict[str, str]:
+def _keys_in_state(saved: Iterable[str]) -> dict[str, str]:
   """Returns the path of each variable within a saved train state, by its path in the variables."""
   averages = {key.removeprefix("ema/"): key for key in saved if key.startswith("ema/")}
   if averages:
@@ -255,24 +255,24 @@ def _places(saved: Iterable[str]) -> dict[str, str]:
   return params | {k.removeprefix("model_state/"): k for k in saved if k.startswith("model_state/")}
 
 
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-  one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  sharding = getattr(leaf, "sharding", None) or one
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+  default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  sharding = getattr(leaf, "sharding", None) or default
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def find_checkpoint(path: PathLike) -> epath.Path:
   """Returns the directory of one checkpoint: `path`, or a run's or folder's best, else newest."""
   root = absolute(path)
-  if _is_one(root):
+  if _is_single(root):
     return root
   for directory in (root / BEST, root / CHECKPOINTS, root):
     found = [directory / str(step) for step in sorted(steps(directory))]
     if len(found) > 1 and directory.name == BEST:  # an interruption can leave several
-      return max(found, key=_quality)
+      return max(found, key=_signed_score)
     if found:
       return found[-1]
-  raise FileNotFoundError(f"no complete checkpoint in {root}; give a run's workdir or checkpoint")
+  raise FileNotFoundError(f"{root}: no complete checkpoint; expected a run's workdir or checkpoint")
 
 
 def is_checkpoint(path: PathLike) -> bool:
@@ -281,10 +281,10 @@ def is_checkpoint(path: PathLike) -> bool:
     return False
   root = absolute(path)
   folders = (root / BEST, root / CHECKPOINTS, root)
-  return root.is_dir() and (_is_one(root) or any(map(steps, folders)))
+  return root.is_dir() and (_is_single(root) or any(map(steps, folders)))
 
 
-def _is_one(directory: epath.Path) -> bool:
+def _is_single(directory: epath.Path) -> bool:
   return (directory / STATE).exists() or (directory / VARIABLES).exists()
 
 
@@ -297,14 +297,14 @@ def _others(directory: epath.Path) -> str:
   run = directory.parent.parent
   folders = [run / name / str(n) for name in (CHECKPOINTS, BEST) for n in steps(run / name)]
   found = [str(folder) for folder in folders if folder != directory]
-  return f"use another: {', '.join(found)}" if found else "there is no other beside it"
+  return f"use another: {', '.join(found)}" if found else "the run has no other"
 
 
-def _quality(checkpoint: epath.Path) -> float:
-  """Returns the score of a best checkpoint, negative if a lower one is better."""
+def _signed_score(checkpoint: epath.Path) -> float:
+  """Returns the score of a best checkpoint, negated if lower is better."""
   with _damage_reported(checkpoint, lambda: "remove this folder"):
-    found = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(checkpoint / METADATA)
-  return found["score"] if found["best_mode"] == "max" else -found["score"]
+    metadata = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(checkpoint / METADATA)
+  return metadata["score"] if metadata["best_mode"] == "max" else -metadata["score"]
 
 
 def absolute(path: PathLike) -> epath.Path:
@@ -315,7 +315,7 @@ def absolute(path: PathLike) -> epath.Path:
 def verify(checkpoint: epath.Path, advice: Callable[[], str]) -> None:
   """Raises ValueError, ending with `advice()`, if files of a checkpoint differ from its manifest.
 
-  Those without one are not checked: of version 0.1, and in buckets, which have their checksums.
+  Those without a manifest are not checked: of version 0.1, and in buckets, which have checksums.
   """
   problem = all_gather_objects(_find_damage(checkpoint) if is_primary() else None)[0]
   if problem:
@@ -387,7 +387,7 @@ def _damaged(checkpoint: epath.Path, reason: str, advice: str) -> ValueError:
   return ValueError(f"the checkpoint{step} in {checkpoint} is damaged ({reason}); {advice}")
 
 
-_LONGEST_REASON = 160
+_MAX_REASON = 160
 _DAMAGE = (FileNotFoundError, KeyError, EOFError, ValueError)
 
 
@@ -397,7 +397,7 @@ def _damage_reported(checkpoint: epath.Path, advice: Callable[[], str]) -> Itera
   try:
     yield
   except Exception as error:
-    # Orbax wraps the error of one array in an Exception of no class, with pages of details.
+    # Orbax wraps the error of an array in a plain Exception with pages of details.
     cause = error.__cause__ if type(error) is Exception and error.__cause__ else error
     if type(cause) is not Exception and not isinstance(cause, _DAMAGE):
       raise
@@ -405,13 +405,13 @@ def _damage_reported(checkpoint: epath.Path, advice: Callable[[], str]) -> Itera
 
 
 def _end_of(error: BaseException, checkpoint: epath.Path) -> str:
-  """Returns the end of a message whose parts lead from the whole to the cause, each after ": "."""
+  """Returns the last parts of a message, in which ": " leads from the context to the cause."""
   text = " ".join(str(error).replace(f"{checkpoint}/", "").split())
   text = text.partition(" [")[0].partition(". See full TensorStore details")[0]
   parts = text.split(": ")
-  while len(parts) > 1 and len(": ".join(parts)) > _LONGEST_REASON:
+  while len(parts) > 1 and len(": ".join(parts)) > _MAX_REASON:
     del parts[0]
-  return ": ".join(parts)[:_LONGEST_REASON].rstrip(".")
+  return ": ".join(parts)[:_MAX_REASON].rstrip(".")
 
 
 def _check_fits(

@@ -44,7 +44,7 @@ class EvaluationProgram:
     variables = init(jax.random.split(jax.random.key(seed))[0])
     if pretrain is None:
       return variables
-    return jax.tree.map(_placed, abstract, variables, pretrain(variables))
+    return jax.tree.map(_place, abstract, variables, pretrain(variables))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,12 +188,12 @@ def abstract_batch_of(batch: Mapping[str, Any], batch_size: int) -> dict[str, ja
   return {k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for k, v in batch.items()}
 
 
-def _placed(target: jax.ShapeDtypeStruct, fresh: jax.Array, value: Any) -> jax.Array:
+def _place(target: jax.ShapeDtypeStruct, fresh: jax.Array, value: Any) -> jax.Array:
   """Places an array with the sharding of `target`; from the host, each device gets its shards."""
   if value is fresh:
     return fresh
   if np.shape(value) != target.shape:
-    raise ValueError(f"an initial variable is {np.shape(value)}; expected {target.shape}")
+    raise ValueError(f"initial variable: shape {np.shape(value)}; expected {target.shape}")
   if isinstance(value, jax.Array):  # a copy: the state is donated
     return jax.device_put(value.astype(target.dtype), target.sharding, may_alias=False)
   array = np.asarray(value, target.dtype)

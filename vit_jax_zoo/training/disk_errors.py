@@ -12,7 +12,7 @@ _FULL_CODE = re.compile(f"os_error_code='({'|'.join(map(str, _FULL))})'")
 
 
 def is_full(error: BaseException) -> int | None:
-  """Returns the errno if the error is of a full disk; else None."""
+  """Returns the errno of a full disk's error, else None."""
   number = getattr(error, "errno", None)
   if number is None and (code := _FULL_CODE.search(str(error))):
     return int(code[1])

@@ -96,6 +96,6 @@ def check_equal(settings: Callable[[], Mapping[str, Any]]) -> None:
     for name in (*first, *other):
       if first.get(name) != other.get(name):
         raise ValueError(
-          f"{name} differs: {first.get(name)} on process 0, {other.get(name)} on process {index}; "
+          f"{name}: {first.get(name)} on process 0, {other.get(name)} on process {index}; "
           "start all processes with the same command, code and data"
         )

@@ -55,7 +55,7 @@ def score_predictions(
     if index == 0 and is_primary() and np.any(batch.get("mask", True)):
       figures = task.figures(batch, predictions)
   skipped = getattr(data, "num_skipped", 0)
-  (first, *others), losses = zip(*gather_parts((evaluator, skipped), mesh), strict=True)
+  (first, *others), counts = zip(*gather_parts((evaluator, skipped), mesh), strict=True)
   for other in others:
     first.merge(other)
   if is_primary():
@@ -63,8 +63,9 @@ def score_predictions(
   scores = first.result()
   if metrics:
     scores = {k: v for k, v in scores.items() if k.partition("/")[0] in metrics}
-  lost = {"skipped_images": float(sum(losses))} if any(losses) else {}
-  return Report({**scores, **lost}, figures)
+  if any(counts):
+    scores["skipped_images"] = float(sum(counts))
+  return Report(scores, figures)
 
 
 def explain(
@@ -81,13 +82,13 @@ def explain(
   if len(real):  # padding is replaced by repeated examples
     batch = {key: value[np.resize(real, len(value))] for key, value in batch.items()}
   try:
-    found = explain_step(variables, sharding.to_global(batch, mesh))
+    explanation = explain_step(variables, sharding.to_global(batch, mesh))
   except NoExplanation as error:
-    logging.warning("explain: %s; no figures are drawn, set explain=False", error)
+    logging.warning("explain: %s; set explain=False", error)
     return Report({})
   if not is_primary():
     return Report({})
-  explained = task.draw_explanation(jax.device_get(found))
+  explained = task.draw_explanation(jax.device_get(explanation))
   model = {f"model_{name}": figure for name, figure in explained.model.items()}
   return Report({}, {**explained.images, **model})
 
@@ -95,8 +96,8 @@ def explain(
 def gather_parts(value: T, mesh: Mesh) -> list[T]:
   """Returns the value of each part of the data, on every process; see `sharding.input_shard`."""
   part, _ = sharding.input_shard(mesh, sharding.batch_ways(mesh))
-  found = dict(reversed(all_gather_objects((part, value))))
-  return [found[index] for index in sorted(found)]
+  values = dict(reversed(all_gather_objects((part, value))))
+  return [values[index] for index in sorted(values)]
 
 
 def predict_batches(

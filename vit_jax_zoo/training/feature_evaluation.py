@@ -37,17 +37,17 @@ def probe_features(  # noqa: PLR0913 (bound by keyword, once)
   return report(probe(fit, test), probe.title)
 
 
-def report(found: dict[str, FeatureScore], title: str) -> Report:
-  """Returns the scores of the best features under the probe's names, and those of all others."""
-  best = feature_probes.choose_features(found)
-  scores = dict(found[best].scores)
-  accuracies = {name: score.scores["accuracy"] for name, score in found.items()}
-  layers = [name for name in found if name.startswith("layer_")]
+def report(results: dict[str, FeatureScore], title: str) -> Report:
+  """Returns the scores of the best features, and the accuracy of all others by name."""
+  best = feature_probes.choose_features(results)
+  scores = dict(results[best].scores)
+  accuracies = {name: score.scores["accuracy"] for name, score in results.items()}
+  layers = [name for name in results if name.startswith("layer_")]
   if not layers:
     return Report(scores | {k: v for k, v in accuracies.items() if k != best})
   index = layers.index(best)
   scores |= accuracies | {"best_layer": float(index)}
-  references = [(name, share) for name, share in accuracies.items() if name not in layers]
+  references = [(name, value) for name, value in accuracies.items() if name not in layers]
   curve = [accuracies[name] for name in layers]
   return Report(scores, {"depth": draw_probe(curve, index, references, title=f"{title} by depth")})
 
@@ -70,7 +70,7 @@ def collect_features(
   pairs = predict_batches(features_step, variables, each, mesh, name, total)
   for number, (batch, found) in enumerate(pairs):
     if "label" not in batch or np.ndim(batch["label"]) != 1:
-      raise ValueError(f"evaluation {name!r}: feature probes need one label per image")
+      raise ValueError(f"evaluation {name!r}: no single label; feature probes need one per image")
     real = np.asarray(batch["mask"], bool)
     if number % views == 0:
       labels.append(np.asarray(batch["label"])[real])

@@ -9,20 +9,20 @@ QUIET = {
   "TPU_ACCELERATOR_TYPE": "v5litepod-16",
   "TPU_WORKER_HOSTNAMES": "localhost",
 }
-"""Settings without which libtpu queries a server or logs warnings; they do not change programs."""
+"""Prevent libtpu's server queries and warnings; compiled programs are the same."""
 
 _PCI = pathlib.Path("/sys/bus/pci/devices")
 _GOOGLE = "0x1ae0"
-# Environment variables of TPU hosts. (JAX sets others on any host.)
-_TELLING = ("TPU_ACCELERATOR_TYPE", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID")
+# Environment variables that only TPU hosts have.
+_TPU_VARIABLES = ("TPU_ACCELERATOR_TYPE", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID")
 
-_FLAGS_OF_OTHERS = re.compile(r"--xla_[cg]pu_\S*")
+_CPU_GPU_FLAGS = re.compile(r"--xla_[cg]pu_\S*")
 
 
 def has_tpu() -> bool:
   """Returns whether the host has a TPU, by PCI device or environment."""
   vendors = (path.read_text().strip() for path in _PCI.glob("*/vendor"))
-  return any(name in os.environ for name in _TELLING) or _GOOGLE in vendors
+  return any(name in os.environ for name in _TPU_VARIABLES) or _GOOGLE in vendors
 
 
 def silence_if_idle() -> None:
@@ -34,4 +34,4 @@ def silence_if_idle() -> None:
 def hide_flags_of_others() -> None:
   """Removes flags for CPUs and GPUs from XLA_FLAGS, before libtpu is loaded: it aborts at them."""
   if "XLA_FLAGS" in os.environ:
-    os.environ["XLA_FLAGS"] = _FLAGS_OF_OTHERS.sub("", os.environ["XLA_FLAGS"])
+    os.environ["XLA_FLAGS"] = _CPU_GPU_FLAGS.sub("", os.environ["XLA_FLAGS"])

@@ -1,8 +1,8 @@
 """The training loop: train steps, logging, checkpoints, evaluations, in this order in each step.
 
-What is written under step N belongs to the state after N steps, and data are a function of the
-step: an interrupted run repeats the lost steps, and ends bit-identical to an uninterrupted one. A
-state is saved before it is evaluated; a missing evaluation is repeated when the run resumes.
+Outputs of step N belong to the state after N steps, and data are a function of the step: a resumed
+run repeats the lost steps and ends bit-identical to an uninterrupted one. A state is saved before
+it is evaluated; a missing evaluation is run when the run resumes.
 """
 
 import collections
@@ -41,7 +41,7 @@ def preemption_guard() -> Iterator[Callable[[int], bool]]:
   """Yields a function, for all processes to call after each step, that returns whether to stop.
 
   In a single process, SIGTERM and the first Ctrl-C set a flag. With `jax.distributed`, JAX handles
-  SIGTERM, the hosts agree on a step, some steps after the signal, and Ctrl-C interrupts at once.
+  SIGTERM and synchronises the step at which all hosts stop; Ctrl-C interrupts immediately.
   """
   stop, old_handlers = threading.Event(), {}
   has_service = getattr(jax.config, "jax_enable_preemption_service", False)
@@ -54,14 +54,14 @@ def preemption_guard() -> Iterator[Callable[[int], bool]]:
 
   def on_signal(number: int, _: FrameType | None) -> None:
     stop.set()
-    if number == signal.SIGINT:  # the next Ctrl-C interrupts at once
+    if number == signal.SIGINT:  # the next Ctrl-C interrupts immediately
       signal.signal(number, old_handlers[number])
 
   if threading.current_thread() is threading.main_thread() and not by_jax:
     for number in (signal.SIGTERM, signal.SIGINT):
       old_handlers[number] = signal.signal(number, on_signal) or signal.SIG_DFL
   elif not by_jax:
-    logging.warning("not in the main thread: SIGTERM will end this run without a checkpoint")
+    logging.warning("not in the main thread: SIGTERM ends this run without a checkpoint")
   try:
     yield requested
   finally:
@@ -69,14 +69,14 @@ def preemption_guard() -> Iterator[Callable[[int], bool]]:
       signal.signal(number, old)
 
 
-STEPS_IN_FLIGHT = 3  # in the device's queue: enough to keep it busy, few enough for its memory
+STEPS_IN_FLIGHT = 3  # in the device's queue; more need more memory
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
-  """Schedule of logging, evaluations and checkpoints, in steps; 0 is at the end only.
+  """Intervals of logging, evaluations and checkpoints, in steps; 0: at the end only.
 
-  Intervals below 1 are fractions of the run. The state is also saved before each evaluation.
+  Below 1: a fraction of the run. The state is also saved before each evaluation.
   """
 
   num_steps: int
@@ -122,7 +122,7 @@ class Loop:
     """Trains from `state`, which is donated, to the last step; `batches` begin with the next one.
 
     Raises FloatingPointError if a loss or a parameter is not finite (no later state is saved), or
-    EvaluationError (the state that it evaluated is saved).
+    EvaluationError (the evaluated state is saved).
     """
     settings, scores, start = self.settings, {}, int(state.step)
     log = _TrainingLog(self, start)
@@ -144,7 +144,7 @@ class Loop:
         if save or settings.is_due(settings.log_every, step):
           log.write(step)
         elif stop:
-          log.keep(step)
+          log.save_pending(step)
         if save or stop:
           self._save(step, state)
         if stop:
@@ -158,12 +158,12 @@ class Loop:
 
   @contextlib.contextmanager
   def _saved_on_error(self, step: int, state: TrainState, log: "_TrainingLog") -> Iterator[None]:
-    """Saves the state if data cannot be read; of a single process: others cannot take part."""
+    """Saves the state if data cannot be read; only in runs of a single process."""
     try:
       yield
     except Exception:
       if log.start < step and jax.process_count() == 1:
-        log.keep(step)
+        log.save_pending(step)
         self._save(step, state)
       raise
 
@@ -173,7 +173,7 @@ class Loop:
     with self.progress.exclude("checkpoint"):
       try:
         self.writer.flush()
-      finally:  # a log that cannot be written ends the run after the state is saved
+      finally:  # an error of the log is raised after the state is saved
         self.checkpointer.save(step, state)
 
   def evaluate(self, step: int, variables: Variables) -> dict[str, float]:
@@ -214,17 +214,17 @@ class Loop:
 
   @contextlib.contextmanager
   def _profile(self, training: "_TrainingLog") -> Iterator[Callable[[int], None]]:
-    """Yields a function to call at the begin of each step; a trace ends with the block at last."""
+    """Yields a function to call at the beginning of each step; the block's end ends the trace."""
     first, last = self.settings.profile or (0, 0)
     directory = os.path.join(self.workdir, "profile")
     with contextlib.ExitStack() as stack:
 
       def at_step(step: int) -> None:
         if step in (first, last):
-          training.wait()  # so that the trace holds these steps, all of them and no others
+          training.wait()  # so that the trace has exactly these steps
         if step == first:
           stack.enter_context(jax.profiler.trace(directory))
-          logging.info("taking a profile of steps %d to %d in %s", first, last - 1, directory)
+          logging.info("profiling steps %d to %d: %s", first, last - 1, directory)
         elif step == last:
           stack.close()
 
@@ -232,7 +232,7 @@ class Loop:
 
 
 def is_evaluated(workdir: epath.PathLike, evaluations: Iterable[str], step: int) -> bool:
-  """Returns whether the log has scores of this step; if not, the run was interrupted before."""
+  """Returns whether the log has scores of this step."""
   path, prefixes = epath.Path(workdir) / METRICS_FILE, tuple(f"{name}/" for name in evaluations)
   found = not prefixes
   if prefixes and is_primary() and path.exists():
@@ -242,11 +242,11 @@ def is_evaluated(workdir: epath.PathLike, evaluations: Iterable[str], step: int)
 
 
 class EvaluationError(ValueError):
-  """An evaluation failed. The message names it."""
+  """An evaluation failed; the message begins with its name."""
 
 
 def run_evaluations(evaluations: Mapping[str, Evaluation], variables: Variables) -> Report:
-  """Runs them in order; scores are named "<evaluation>/<score>", figures "<evaluation>_<name>"."""
+  """Runs evaluations; names scores "<evaluation>/<score>", and figures "<evaluation>_<name>"."""
   scores, figures = {}, {}
   for name, evaluation in evaluations.items():
     try:
@@ -293,7 +293,7 @@ class _TrainingLog:
     loop, sums = self._loop, self._sums
     means = {f"train/{name}": total / n for name, (total, n) in sums.items() if n > 0}
     self._sums = {}
-    # The update numbered t from 0 uses the schedule at t, and the last one was number step - 1.
+    # The update with index t uses the schedule at t; the last index is step - 1.
     rates = {f"train/{name}": float(rate(step - 1)) for name, rate in loop.schedules.items()}
     speed = {f"speed/{name}": value for name, value in loop.progress.report(step).items()}
     with loop.progress.time_as("logging"):
@@ -302,8 +302,8 @@ class _TrainingLog:
       names = sorted(shown, key=lambda name: "loss" not in name)  # losses first
       loop.progress.log(step, {name.removeprefix("train/"): shown[name] for name in names})
 
-  def keep(self, step: int) -> None:
-    """Saves the sums since the last row, so that the row after a resume covers these steps too."""
+  def save_pending(self, step: int) -> None:
+    """Saves the sums since the last row, for the first row of the resumed run."""
     self._fetch()
     if is_primary():
       with contextlib.suppress(OSError):  # a full disk: the save, which follows, reports it
@@ -335,7 +335,7 @@ def read_pending(file: epath.Path, step: int) -> dict[str, tuple[float, float]]:
 
 def _diverged(what: str, checkpointer: Checkpointer) -> FloatingPointError:
   saved = checkpointer.latest_step
-  last = "there is no checkpoint yet" if saved is None else f"the last good one is step {saved}"
+  last = "no checkpoint yet" if saved is None else f"the last checkpoint is of step {saved}"
   return FloatingPointError(
     f"{what}; {last}. Check learning_rate, warmup_steps, clip_norm, bfloat16 and the labels; "
     "--overfit_one_batch separates errors of the data from errors of the model"

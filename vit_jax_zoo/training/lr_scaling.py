@@ -8,15 +8,15 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-FAR = 4  # ratio of batch sizes from which a learning rate that is not scaled causes a warning, ...
+FAR = 4  # ratio of batch sizes from which an unscaled learning rate causes a warning, ...
 _CLOSE = 2  # ... unless it is within this factor of the scaled one.
 
 SINGLE = "optimizer"  # name in `recipe.learning_rates` if a task has one optimizer
 
 
 def rule_of(optimizer: str) -> str:
-  """Returns the scaling rule of an optimizer: "linear" or "root"."""
-  return "linear" if optimizer == "sgd" else "root"
+  """Returns the scaling rule of an optimizer: "linear" or "square-root"."""
+  return "linear" if optimizer == "sgd" else "square-root"
 
 
 def scaled_rate(optimizer: str, rate: float, batch_size: int, recipe_batch_size: int) -> float:
@@ -30,22 +30,21 @@ def scaled_rate(optimizer: str, rate: float, batch_size: int, recipe_batch_size:
 
 
 class Advice(NamedTuple):
-  """A line about batch size and learning rate; a warning if the learning rate should change."""
+  """A log line about batch size and learning rate."""
 
   text: str
   is_warning: bool = False
 
 
 def advise(config: Mapping[str, Any]) -> list[Advice]:
-  """Compares batch size and learning rates with the recipe's; returns nothing where they agree."""
+  """Returns advice where batch size and learning rates differ from the recipe's."""
   recipe, batch_size = config["recipe"], config["batch_size"]
-  usual = recipe["batch_size"]
-  if not usual or usual == batch_size:
+  if not recipe["batch_size"] or recipe["batch_size"] == batch_size:
     return []
   optimizers = config["optimizer"]
   by_group = {SINGLE: optimizers} if "name" in optimizers else optimizers
   found = [
-    _advise(group, by_group[group], rate, batch_size, usual)
+    _advise(group, by_group[group], rate, batch_size, recipe["batch_size"])
     for group, rate in recipe["learning_rates"].items()
     if group in by_group and by_group[group]["learning_rate"]
   ]
@@ -53,11 +52,10 @@ def advise(config: Mapping[str, Any]) -> list[Advice]:
 
 
 def _advise(group: str, optimizer: Any, rate: float, batch_size: int, usual: int) -> Advice | None:
-  name, given = optimizer["name"], optimizer["learning_rate"]
-  scaled = scaled_rate(name, rate, batch_size, usual)
+  given, rule = optimizer["learning_rate"], rule_of(optimizer["name"])
+  scaled = scaled_rate(optimizer["name"], rate, batch_size, usual)
   section = "optimizer" if group == SINGLE else f"optimizer.{group}"
   change = f"batch_size {batch_size} instead of {usual}"
-  rule = "linear" if rule_of(name) == "linear" else "square-root"
   if math.isclose(given, scaled, rel_tol=0.02):
     return Advice(f"{change}: {rule} scaling of the learning rate, {rate:g} -> {given:g}")
   far = max(usual / batch_size, batch_size / usual) >= FAR

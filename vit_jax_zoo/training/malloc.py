@@ -16,10 +16,10 @@ _KEEP_FREED_MEMORY = (
 
 
 def keep_freed_memory() -> bool:
-  """Lets malloc keep memory that XLA frees; returns whether it does (glibc and no accelerator).
+  """Lets malloc keep memory that XLA frees; returns whether it does (glibc, no accelerator).
 
-  By default glibc maps and unmaps the temporaries of each call; the page faults take up to a fifth
-  of a training step. Call it before JAX initialises its devices, whose threads would get own heaps.
+  By default glibc unmaps the temporaries of each call; the page faults take up to a fifth of a
+  training step. Call it before JAX initialises its devices and their threads.
   """
   platforms = os.environ.get("JAX_PLATFORMS", "")
   has_accelerator = has_tpu() or bool(importlib.metadata.entry_points(group="jax_plugins"))

@@ -69,12 +69,11 @@ FIGURES = "figures"
 _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
-class MetricWriter:
+class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
   """Writes scalars, figures, text and hyper-parameters of one run, in a background thread.
 
-  Errors of the thread (a full disk) are raised by `flush`, so that training is not interrupted
-  between two checkpoints. Rows after `resume_step` (None: all) are removed. Processes other than 0
-  write nothing.
+  Errors of the thread (a full disk) are raised by `flush`, so that training continues to the next
+  checkpoint. Rows after `resume_step` (None: all) are removed. Only process 0 writes.
   """
 
   def __init__(self, workdir: epath.PathLike, *, resume_step: int | None = None):
@@ -94,9 +93,6 @@ class MetricWriter:
       self._tensorboard = EventFile(self._workdir, number=number, purge_step=last_step + 1)
     self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="metric_writer")
 
-  def __enter__(self) -> "MetricWriter":
-    return self
-
   def __exit__(self, *_: object) -> None:
     self.close()
 
@@ -111,10 +107,9 @@ class MetricWriter:
         self._submit(self._write_image, step, name, render(figure))
       plt.close(figure)
 
-  def write_text(self, step: int, texts: Mapping[str, str]) -> None:
-    """Writes Markdown texts, by name, for TensorBoard."""
-    for name, text in texts.items():
-      self._submit(self._write_text, step, name, text)
+  def write_text(self, step: int, name: str, text: str) -> None:
+    """Writes a Markdown text for TensorBoard."""
+    self._submit(self._write_text, step, name, text)
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
     """Writes the configuration, nested dicts as "optimizer.learning_rate", for TensorBoard."""
@@ -216,7 +211,7 @@ class _Bucket:
 
 
 def save_figures(workdir: str | os.PathLike[str], step: int, figures: Mapping[str, Figure]) -> None:
-  """Writes figures into a run's directory, and nothing to its log."""
+  """Writes figures to a run's directory."""
   for name, figure in figures.items():
     path = _figure_path(workdir, step, name)
     with disk_errors.explained(f"{path} cannot be written"):
@@ -227,7 +222,7 @@ def save_figures(workdir: str | os.PathLike[str], step: int, figures: Mapping[st
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """Returns the rows of a run's `metrics.jsonl`, oldest first; all values but `step` are floats.
 
-  Rows that are not whole, as of a killed run, are left out.
+  Incomplete rows of an interrupted run are dropped.
   """
   path = epath.Path(workdir) / METRICS_FILE
   rows = [json.loads(line) for line in _read_lines(path) if _step_of(line) < math.inf]

@@ -89,7 +89,7 @@ _RULE_FIELDS = ("learning_rate", "weight_decay", "frozen")
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """Gradient transformation, schedule, mask of the frozen parameters, which states leave out."""
+  """Gradient transformation, schedule, and mask of the frozen parameters."""
 
   tx: optax.GradientTransformation
   schedule: Schedule  # by training step, from 0; it is 0 before `begin_step`
@@ -134,7 +134,7 @@ def create_optimizer(
   flat = traverse_util.flatten_dict(plain(abstract_params), sep="/")
   settings = _settings_of(flat, _plain_rules(fields.get("rules") or ()))
   if all(setting.frozen for setting in settings.values()):
-    raise ValueError("optimizer.rules: they freeze every parameter; expected one to train")
+    raise ValueError("optimizer.rules: all parameters are frozen; expected one to train")
   schedule = create_schedule(fields, max(num_steps - begin_step, 1))
   per_update = lambda count: schedule(count // updates_per_step)  # noqa: E731
   chain = _chain(fields, kind, direction, settings, per_update)
@@ -158,7 +158,7 @@ def optimizer_fields(name: str) -> list[str]:
 
 
 class _Kind(NamedTuple):
-  """A named optimizer: its direction, a function of config fields, and what it does around it."""
+  """A named optimizer: a function from config fields to its direction, and the other steps."""
 
   direction: Callable[..., optax.GradientTransformation]
   decay_mode: str
@@ -168,7 +168,7 @@ class _Kind(NamedTuple):
 def _direction_of(fields: Mapping[str, Any]) -> tuple[_Kind, optax.GradientTransformation]:
   for field in ("name", "learning_rate"):
     if field not in fields:
-      raise ValueError(f"the optimizer config has no {field!r}; it has: {', '.join(fields)}")
+      raise ValueError(f"optimizer: no {field!r}; found {', '.join(fields)}")
   name = fields["name"]
   check_names("optimizer", [name], OPTIMIZERS)
   own = {key: value for key, value in fields.items() if key not in _FIELDS}
@@ -252,8 +252,8 @@ def _settings_of(flat: Mapping[str, Any], rules: Sequence[tuple[str, Any]]) -> d
   for pattern, _ in rules:
     if not any(re.fullmatch(pattern, path) for path in flat):
       raise ValueError(
-        f"optimizer rule {pattern!r} matches no parameter (patterns match whole paths); the "
-        f"nearest are: {', '.join(difflib.get_close_matches(pattern, flat, n=3, cutoff=0.0))}"
+        f"optimizer rule {pattern!r}: matches no parameter (patterns match whole paths); did you "
+        f"mean {', '.join(difflib.get_close_matches(pattern, flat, n=3, cutoff=0.0))}?"
       )
   found = {}
   for path, leaf in flat.items():
@@ -293,7 +293,7 @@ def _chain(
     decay = {mode: [_per_parameter(settings, lambda s: amount * s.weight_decay, add)]}
   clip_norm = fields.get("clip_norm")
   if clip_norm is not None and not clip_norm > 0:
-    raise ValueError(f"clip_norm is {clip_norm}; expected a number > 0, or None for no clipping")
+    raise ValueError(f"clip_norm: {clip_norm}; expected a number above 0, or None")
   clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
   steps = [*clip, *decay.get("l2", []), direction, *decay.get("decoupled", [])]
   steps += [kind.after_decay] if kind.after_decay else []
@@ -301,7 +301,7 @@ def _chain(
     steps += [_per_parameter(settings, lambda s: float(s.learning_rate), lambda u, _, m: u * m)]
   if last := decay.get("fully_decoupled"):
     if not base:
-      raise ValueError("weight_decay_mode 'fully_decoupled' needs a learning_rate above 0")
+      raise ValueError("learning_rate: 0; weight_decay_mode='fully_decoupled' needs one above 0")
     scaled = optax.scale_by_schedule(lambda t: -schedule(t) / base)
     return optax.chain(*steps, optax.scale(base), *last, scaled)
   return optax.chain(*steps, optax.scale_by_schedule(lambda t: -schedule(t)))
@@ -313,6 +313,6 @@ def _per_parameter(
   apply: Callable[[Any, Any, float], Any],
 ) -> optax.GradientTransformation:
   """Returns the transformation `apply(update, parameter, value(setting))` of each parameter."""
-  # As `optax.masked` passes trees on: with an empty node for each frozen parameter.
+  # `optax.masked` passes trees with an empty node for each frozen parameter.
   values = _tree(settings, lambda s: optax.MaskedNode() if s.frozen else value(s))
   return optax.stateless(lambda updates, params: jax.tree.map(apply, updates, params, values))

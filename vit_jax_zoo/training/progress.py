@@ -1,4 +1,4 @@
-"""Throughput, MFU, time to completion, and the host's time by activity; between reports only."""
+"""Throughput, MFU, ETA, and the host's time by activity, between two reports."""
 
 import collections
 import contextlib
@@ -65,8 +65,8 @@ class Progress:
     self._excluded_parts: dict[str, float] = collections.defaultdict(float)  # seconds
     self._paused, self._step_time = False, 0.0
     self._begin_window(start_step)
-    wanted = sys.stderr.isatty() if bar is None else bar
-    self._bar = _start_bar(num_steps, start_step) if wanted else None
+    has_bar = sys.stderr.isatty() if bar is None else bar
+    self._bar = _start_bar(num_steps, start_step) if has_bar else None
 
   def close(self) -> None:
     """Removes the progress bar."""
@@ -98,7 +98,7 @@ class Progress:
       self._excluded_parts[part] += spent
 
   def report(self, step: int) -> dict[str, float]:
-    """Returns the rates since the last report; empty if no step was completed since.
+    """Returns the rates since the last report; {} if no step was completed.
 
     `step_time` (seconds), `images_per_second`, `input_wait` and other parts of `time_as` (fractions
     of the time), `mfu` (model FLOP utilisation, 0 to 1) if FLOPs and the device's peak are known.

@@ -65,7 +65,7 @@ def create_schedule(config: Config, num_steps: int) -> Schedule:
     )
   start = _positive_or_zero("warmup_start", fields.pop("warmup_start", 0.0))
   if start > 1:
-    raise ValueError(f"warmup_start is {start}; expected a fraction of the rate, in [0, 1]")
+    raise ValueError(f"warmup_start: {start}; expected a fraction of the rate, in [0, 1]")
   make = _SCHEDULES[name]
   known = [*fields_of(make), "warmup_steps", "warmup_start", "name"]
   check_names(f"field of the {name} schedule", fields, known)
@@ -86,7 +86,7 @@ def count_steps(field: str, steps: Steps, num_steps: int) -> int:
   if isinstance(steps, float) and 0 <= steps < 1:
     return round(steps * num_steps)
   if isinstance(steps, bool) or steps != int(steps) or steps < 0:
-    raise ValueError(f"{field} is {steps}; expected steps >= 0, or a fraction of all steps below 1")
+    raise ValueError(f"{field}: {steps}; expected steps >= 0, or a fraction of all steps below 1")
   return int(steps)
 
 
@@ -96,14 +96,14 @@ def plain(config: Config) -> dict[str, Any]:
 
 
 def fields_of(make: Callable[..., Any]) -> list[str]:
-  """Returns the names of the arguments with defaults, which a config may set."""
+  """Returns the names of the arguments with defaults: the config fields."""
   parameters = inspect.signature(make).parameters.values()
   return [p.name for p in parameters if p.default is not inspect.Parameter.empty]
 
 
 def _positive_or_zero(field: str, value: Any) -> float:
   if not isinstance(value, int | float) or not 0 <= value < math.inf:
-    raise ValueError(f"{field} is {value!r}; expected a finite number >= 0")
+    raise ValueError(f"{field}: {value!r}; expected a finite number >= 0")
   return float(value)
 
 
@@ -129,7 +129,7 @@ def _poly(
   base: float, num_steps: int, warmup: int, *, power: Number = 0.9, end_value: Number = 0.0
 ) -> Schedule:
   if not power > 0:
-    raise ValueError(f"the poly schedule has power {power}; expected a number above 0")
+    raise ValueError(f"schedule.power: {power}; expected a number above 0")
   return optax.polynomial_schedule(base, end_value, power, max(num_steps - warmup, 1), warmup)
 
 
@@ -144,7 +144,7 @@ def _rsqrt(
 ) -> Schedule:
   scale = count_steps("timescale", timescale, num_steps)
   if scale < 1:
-    raise ValueError(f"timescale is {timescale}; expected a number of steps >= 1")
+    raise ValueError(f"timescale: {timescale}; expected a number of steps >= 1")
 
   def rate(step: jax.Array) -> jax.Array:
     return base * jnp.sqrt(scale / (scale + jnp.maximum(step - warmup, 0)))
@@ -161,12 +161,12 @@ def _step(
   factors: Sequence[Number] | None = None,
 ) -> Schedule:
   if not boundaries:
-    raise ValueError("the step schedule has no `boundaries`; expected steps, or fractions of all")
+    raise ValueError("schedule.boundaries: missing; expected steps, or fractions of all")
   edges = [count_steps("boundaries", edge, num_steps) for edge in boundaries]
   multipliers = [0.1] * len(edges) if factors is None else list(factors)
   if len(multipliers) != len(edges) or edges != sorted(edges):
-    problem = f"the step schedule has boundaries {edges} and {len(multipliers)} factors"
-    raise ValueError(f"{problem}; boundaries must ascend, with one factor each")
+    problem = f"schedule.boundaries: {edges}, with {len(multipliers)} factors"
+    raise ValueError(f"{problem}; expected an ascending sequence, and one factor for each")
   scales: dict[int, Number] = {}
   for edge, multiplier in zip(edges, multipliers, strict=True):  # fractions may coincide
     scales[edge] = scales.get(edge, 1.0) * multiplier
@@ -177,7 +177,7 @@ def _with_cooldown(rate: Schedule, num_steps: int, steps: Steps, end_value: Numb
   cooldown = count_steps("cooldown_steps", steps, num_steps)
   if not cooldown:
     if end_value:
-      raise ValueError(f"end_value {end_value} has no effect without cooldown_steps; set them too")
+      raise ValueError(f"end_value: {end_value} has no effect without cooldown_steps; set them too")
     return rate
 
   def cooled(step: jax.Array) -> jax.Array:

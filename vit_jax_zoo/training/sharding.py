@@ -49,7 +49,7 @@ def create_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None =
   if math.prod(shape) != len(devices) or min(shape) < 1:
     given = " x ".join(f"{axis}={sizes.get(axis, 1)}" for axis in AXES)
     expected = "that number as their product; one may be -1"
-    raise ValueError(f"mesh {given} does not fit {len(devices)} device(s); expected {expected}")
+    raise ValueError(f"mesh {given}: {len(devices)} device(s); expected {expected}")
   return jax.make_mesh(tuple(shape), AXES, (AxisType.Auto,) * len(AXES), devices=tuple(devices))
 
 
@@ -64,7 +64,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -
   if batch_size % parts:
     nearest = max(parts, round(batch_size / parts) * parts)
     raise ValueError(
-      f"batch_size {batch_size} cannot be split evenly over {batch_ways(mesh)} device(s)"
+      f"batch_size: {batch_size} cannot be split evenly over {batch_ways(mesh)} device(s)"
       f" (mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}) in {accumulation_steps}"
       f" accumulation step(s); expected a multiple of {parts}, such as {nearest}"
     )
@@ -91,7 +91,7 @@ def _spec_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> Par
   matching = ((pattern, spec) for pattern, spec in rules if re.fullmatch(pattern, path))
   pattern, spec = next(matching, (None, ()))
   if pattern is None:
-    raise ValueError(f"no sharding rule matches parameter {path!r} {shape}; append ('.*', 'fsdp')")
+    raise ValueError(f"sharding.rules: none matches {path!r} {shape}; append ('.*', 'fsdp')")
   if isinstance(spec, str):
     ways = mesh.shape[spec]
     fitting = [i for i, size in enumerate(shape) if size % ways == 0]
@@ -101,7 +101,7 @@ def _spec_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> Par
     return PartitionSpec(*(spec if i == largest else None for i in range(len(shape))))
   problem = f"sharding rule ({pattern!r}, {spec}) cannot apply to parameter {path!r} {shape}: "
   if len(spec) > len(shape):
-    raise ValueError(f"{problem}it names {len(spec)} dimensions")
+    raise ValueError(f"{problem}the spec has {len(spec)} dimensions")
   aligned = (None,) * (len(shape) - len(spec)) + spec
   for i, (size, axis) in enumerate(zip(shape, aligned, strict=True)):
     if axis and size % (ways := mesh.shape[axis]):

@@ -147,7 +147,7 @@ def split_batch(batch: Any, count: int) -> Any:
 
 
 def update_ema(state: TrainState, decay: float | None) -> TrainState:
-  """Moves the averages towards the latest variables, BatchNorm's statistics too; None: does not."""
+  """Updates the averages of all variables, BatchNorm's statistics too; None: no averages."""
   if decay is None:
     return state
 

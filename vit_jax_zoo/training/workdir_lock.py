@@ -1,4 +1,4 @@
-"""Lock of a run's directory: a second run in the same one is refused.
+"""Lock of a run's directory: a second run in the same directory raises an error.
 
 The owner rewrites `<workdir>/lock.json` every `HEARTBEAT` seconds. A lock is stale if its process
 has ended, or, on another host, if no heartbeat is written for three times as long.
@@ -106,17 +106,17 @@ def _write(path: epath.Path, started: float, beats: int) -> None:
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
-  """Returns the content of the lock; None if there is none, or a damaged one."""
+  """Returns the content of the lock; None if it is missing or invalid."""
   try:
     content = json.loads(path.read_text())
-    whole = content.keys() >= _FIELDS and isinstance(content["pid"], int)
-    return content if whole and 0 <= content["started"] < 1 << 36 else None
+    is_valid = content.keys() >= _FIELDS and isinstance(content["pid"], int)
+    return content if is_valid and 0 <= content["started"] < 1 << 36 else None
   except (FileNotFoundError, ValueError, AttributeError, TypeError, RecursionError):
     return None
 
 
 def _machine() -> str:
-  """Identifies the process-id namespace of a booted machine, which host names do not."""
+  """Returns an id of the booted machine and its process-id namespace."""
   try:
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -125,7 +125,7 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> str | None:
-  """Returns the start time of a process, which differs for a later one with the same id."""
+  """Returns the start time of a process, to distinguish reused ids."""
   with contextlib.suppress(OSError):
     return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
   if pathlib.Path("/proc").is_dir():

@@ -20,9 +20,8 @@ preprocessed as in its own evaluation. Suites share the features of a dataset.
 |                          | ImageNet-V2, -A, -R                                                  |
 
 `--data` lists sources (`folder:/path`) or datasets of the suite; all of the suite's by default.
-Datasets that are not prepared are reported with the command that prepares them, and skipped. The
-VTAB paper's scores are of fine-tuned models: linear ones are lower. Not yet run on these datasets;
-tested on the embedded ones.
+Datasets that are not prepared are skipped, with the command that prepares them. The VTAB paper's
+scores are of fine-tuned models, and higher than linear ones. Tested only on the embedded datasets.
 
 `transfer.json` and a figure per suite are written to `--output`.
 """
@@ -74,7 +73,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("num_workers", 0, "worker processes for reading")
   flags.DEFINE_enum("on_corrupt", "error", ["error", "skip"], "what to do with unreadable images")
   flags.DEFINE_integer("sgd_epochs", None, "epochs of linear_sgd")
-  flags.DEFINE_integer("concatenate", 0, "also probe so many layers around the best, concatenated")
+  flags.DEFINE_integer("concatenate", 0, "also probe this number of concatenated layers")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
   if argv[1:]:
     raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
   if FLAGS.model is None:
-    raise ValueError("--model is missing; expected a run's workdir, or a published file or name")
+    raise ValueError("--model: missing; expected a run's workdir, or a published file or name")
   probes = {name: {"concatenate": FLAGS.concatenate} for name in ("linear", "linear_sgd")}
   if FLAGS.sgd_epochs is not None:
     probes["linear_sgd"]["num_epochs"] = FLAGS.sgd_epochs
@@ -92,14 +91,14 @@ def main(argv: Sequence[str]) -> int:
   trained = load(FLAGS.model, needs_head=False, **options)
   names = ("batch_size", "num_workers", "on_corrupt")
   reading: dict[str, Any] = {name: FLAGS[name].value for name in names}
-  about = {"model": trained.model_name, "source": trained.source}
-  return run_and_write(request, Extractor(trained, **reading), pathlib.Path(FLAGS.output), about)
+  model = {"model": trained.model_name, "source": trained.source}
+  return run_and_write(request, Extractor(trained, **reading), pathlib.Path(FLAGS.output), model)
 
 
 def run_and_write(
-  request: Request, extractor: Extractor, output: pathlib.Path, about: Mapping[str, Any]
+  request: Request, extractor: Extractor, output: pathlib.Path, model: Mapping[str, Any]
 ) -> int:
-  """Runs the suites, writes `about` and the results after each dataset, returns the exit status."""
+  """Runs the suites, writes `model` and the results after each dataset, returns the exit status."""
   output.mkdir(parents=True, exist_ok=True)
   outcomes: list[Outcome] = []
   for outcome in run_suites(request, extractor):
@@ -109,12 +108,12 @@ def run_and_write(
     else:
       scores = "  ".join(f"{name} {value:.4g}" for name, value in outcome.scores.items())
       logging.info("%s: %s", outcome.title, scores)
-    write_json(output / RESULTS_FILE, {**about, **results(outcomes)})
+    write_json(output / RESULTS_FILE, {**model, **results(outcomes)})
     data = "".join(c if c.isalnum() else "_" for c in outcome.data)[-60:]  # names have 255 bytes
     figures = {f"{outcome.suite}_{data}_{name}": drawn for name, drawn in outcome.figures.items()}
     same = [other for other in outcomes if other.suite == outcome.suite and other.scores]
     if same:
-      figures[outcome.suite] = draw(outcome.suite, same, str(about.get("model", "")))
+      figures[outcome.suite] = draw(outcome.suite, same, str(model.get("model", "")))
     for name, figure in figures.items():
       Image.fromarray(render(figure)).save(output / f"{name}.png")
   done = sum(bool(outcome.scores) for outcome in outcomes)

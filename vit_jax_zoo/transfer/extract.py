@@ -48,7 +48,7 @@ class Extractor:
   ) -> None:
     """Puts the model on the devices; `batch_size` is rounded up to a multiple of their number."""
     if batch_size < 1:
-      raise ValueError(f"batch_size is {batch_size}; expected a whole number, at least 1")
+      raise ValueError(f"batch_size: {batch_size}; expected an integer, at least 1")
     self._trained = trained
     self._mesh = sharding.create_mesh({"data": -1, "fsdp": 1, "model": 1})
     ways = sharding.batch_ways(self._mesh)
@@ -65,7 +65,7 @@ class Extractor:
     """
     task, source_name = self._trained.task, self._trained.source
     if type(task).features is Task.features:
-      raise ValueError(f"{source_name} has no features to probe: its task is {type(task).__name__}")
+      raise ValueError(f"{source_name}: no features; its task is {type(task).__name__}")
     batches, name = self._batches(source), source.info.name
     views = task.feature_views if to_score else 1
     return collect_features(self._features_step, self._variables, batches, self._mesh, name, views)
@@ -75,15 +75,15 @@ class Extractor:
   ) -> tuple[Int[np.ndarray, "n r"], Bool[np.ndarray, "n k"]]:
     """Returns the model's classes from most to least probable, and the correct ones."""
     task: Any = self._trained.task
-    ours, theirs = getattr(task, "num_classes", None), source.info.num_classes
-    if ours is None:
-      raise ValueError(f"{self._trained.source} is no classifier; this suite scores its classes")
-    if theirs is not None and ours != theirs:
-      problem = f"{self._trained.source} has {ours} classes and {source.info.name} {theirs}"
-      raise ValueError(f"{problem}; give a model with a head of the same classes, in order")
-    task = dataclasses.replace(task, top_k=min(keep or ours, ours))
+    count, expected = getattr(task, "num_classes", None), source.info.num_classes
+    if count is None:
+      raise ValueError(f"{self._trained.source}: not a classifier; this suite scores its classes")
+    if expected not in (None, count):
+      problem = f"{self._trained.source}: {count} classes; expected the {expected} of"
+      raise ValueError(f"{problem} {source.info.name}, in order")
+    task = dataclasses.replace(task, top_k=min(keep or count, count))
     step = compile_predict_step(task.predict, self._whole, self._mesh)
-    batches, ranked, labels = self._batches(source, MultiHot(ours)), [], []
+    batches, ranked, labels = self._batches(source, MultiHot(count)), [], []
     progress = (source.info.name, len(batches))
     for batch, found in predict_batches(step, self._variables, batches, self._mesh, *progress):
       real = np.asarray(batch["mask"], bool)

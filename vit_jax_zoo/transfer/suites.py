@@ -55,7 +55,7 @@ class Request:
   def __post_init__(self) -> None:
     check_names("suite", self.suites, SUITES)
     if not self.suites:
-      raise ValueError(f"no suite is given; choose from {', '.join(SUITES)}")
+      raise ValueError(f"--suite: missing; expected some of {', '.join(SUITES)}")
 
   def open(self, source: str, split: str, options: Mapping[str, Any]) -> Source:
     """Opens a split."""
@@ -71,13 +71,13 @@ class Request:
       elif name in table:
         chosen[name] = table[name]
       else:
-        known = (*table, "folder:/path", "tfds:name", "demo:digits")
-        raise ValueError(unknown_name(f"data for {suite}", name, known))
+        names = (*table, "folder:/path", "tfds:name", "demo:digits")
+        raise ValueError(unknown_name(f"data for {suite}", name, names))
     return chosen
 
 
 def run_suites(request: Request, extractor: Extractor) -> Iterator[Outcome]:
-  """Yields the outcomes; datasets that are not prepared have the command that prepares them."""
+  """Yields the outcomes; those of missing datasets have the command that prepares them."""
   run = _Run(request, extractor, {})
   jobs = [job for suite in request.suites for job in run.jobs(suite)]
   for number, (empty, evaluate) in enumerate(jobs, start=1):
@@ -149,7 +149,7 @@ class _Run:
 
 
 def _no_task(source: str) -> VtabTask:
-  raise ValueError(f"--data={source}: not one of vtab's 19 tasks; give some of these, or no --data")
+  raise ValueError(f"--data={source}: not one of vtab's 19 tasks; expected these, or no --data")
 
 
 def summarize_vtab(outcomes: Sequence[Outcome]) -> dict[str, float]:
