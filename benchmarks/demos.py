@@ -65,9 +65,9 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
   """Returns a Markdown table: a row per demo and metric, with the median and range of its seeds."""
   rows = []
   for demo, metrics in DEMOS.items():
-    ours = [r for r in runs if r["demo"] == demo]
-    for metric in metrics if ours else ():
-      values = [r["scores"][metric] for r in sorted(ours, key=lambda r: r["seed"])]
+    seeds = sorted((r for r in runs if r["demo"] == demo), key=lambda r: r["seed"])
+    for metric in metrics if seeds else ():
+      values = [r["scores"][metric] for r in seeds]
       rows.append(
         [
           f"`configs/{demo}`",
@@ -75,7 +75,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
           f"{statistics.median(values):.4g}",
           f"{min(values):.4g} to {max(values):.4g}",
           ", ".join(f"{value:.4g}" for value in values),
-          f"{statistics.median(r['minutes'] for r in ours):.1f}",
+          f"{statistics.median(r['minutes'] for r in seeds):.1f}",
         ]
       )
   return timing.markdown(["demo", "metric", "median", "range", "by seed", "minutes"], rows)

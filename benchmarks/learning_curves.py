@@ -180,16 +180,16 @@ def _label_ends(ax: Any, ends: list[Any], x: float, results: Sequence[Mapping[st
   low, high = ax.get_ylim()
   step, above = 0.115 * (high - low), np.inf
   for y, name, color in sorted(ends, reverse=True):
-    place = min(y, above - step)
-    above = place
+    height = min(y, above - step)
+    above = height
     one = next(run for run in results if run["system"] == name)
     size = f"{one['parameters'] / 1e3:.0f}k, {one['flops'] / 1e6:.1f} MFLOP"
     ax.annotate(
-      f"{name}  {y:.1%}", (x, place), (8, 4), textcoords="offset points", color=color,
+      f"{name}  {y:.1%}", (x, height), (8, 4), textcoords="offset points", color=color,
       fontsize=9, weight="bold", va="center", annotation_clip=False,
     )  # fmt: skip
     ax.annotate(
-      size, (x, place), (8, -8), textcoords="offset points", color="#555555", fontsize=8,
+      size, (x, height), (8, -8), textcoords="offset points", color="#555555", fontsize=8,
       va="center", annotation_clip=False,
     )  # fmt: skip
 

@@ -35,7 +35,7 @@ def compile_for_core(
   mesh = create_mesh({}, machine.devices[:1])
   core = NamedSharding(mesh, PartitionSpec())
   jitted = jax.jit(function, in_shardings=core, out_shardings=core, donate_argnums=donate)
-  with jax.set_mesh(mesh):  # models choose their attention by it
+  with jax.set_mesh(mesh):  # determines the attention kernel
     compiled, text = compile_text(jitted.lower(*arguments))
     flops, moved = count_flops(function, *arguments), hlo.traffic(text).memory_bytes
   bound = roofline(machine.chip, flops=flops, memory_bytes=moved, network_bytes=0.0)
