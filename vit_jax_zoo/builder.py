@@ -179,15 +179,15 @@ def _check_metrics(config: ConfigDict, task: Task) -> None:
     check_names("evaluation of checkpoint.best", [evaluation], config.data.eval)
   best = best.partition("/")[0]  # without the class
   for name, spec in config.data.eval.items():
-    chosen, field = spec.get("metrics") or (), f"data.eval.{name}.metrics"
+    metrics, field = spec.get("metrics") or (), f"data.eval.{name}.metrics"
     if "fit_split" in spec:
-      if chosen:
+      if metrics:
         raise ValueError(f"{field}: not supported by feature probes; remove it")
       continue
-    check_names(f"metric in {field}", chosen, task.metrics)
+    check_names(f"metric in {field}", metrics, task.metrics)
     if name == evaluation and task.metrics:
       check_names("score of checkpoint.best", [best], task.metrics)
-    if name == evaluation and chosen and best not in chosen:
+    if name == evaluation and metrics and best not in metrics:
       raise ValueError(f"{field}: no {best!r}, which selects the best checkpoint; add it")
 
 

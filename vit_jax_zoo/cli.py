@@ -43,7 +43,7 @@ def _report_unraisable(report: Any) -> None:
     sys.__unraisablehook__(report)
 
 
-# Set on import: the later imports of the commands take seconds.
+# Set on import: importing a command takes seconds.
 sys.excepthook = _report_interrupt
 if sys.unraisablehook is sys.__unraisablehook__:
   sys.unraisablehook = _report_unraisable
@@ -71,7 +71,7 @@ def run(
   parse: Callable[[list[str]], list[str]] | None = None,
   renamed: Mapping[str, str] | None = None,
 ) -> None:
-  """Runs a command, exits with its status; `renamed` maps refused old flags to the new ones."""
+  """Runs a command, exits with its status; `renamed` maps old flags (errors) to new ones."""
 
   def main_or_one_line(argv: Sequence[str]) -> int:
     with one_line_errors(show_traceback=flags.FLAGS.traceback):
@@ -85,7 +85,7 @@ def run(
           raise ValueError(f"--{name} is now --{renamed[name]}")
       return (parse or flags.FLAGS)(argv)
 
-  malloc.keep_freed_memory()  # before log_plainly, whose settings for libtpu look like a TPU's
+  malloc.keep_freed_memory()  # before log_plainly, whose libtpu settings resemble a TPU host's
   log_plainly()
   if "traceback" not in flags.FLAGS:  # a process may run several commands
     text = "show the traceback of an error"

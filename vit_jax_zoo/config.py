@@ -70,7 +70,7 @@ def defaults() -> ConfigDict:
 OPEN_SECTIONS = (
   "model", "task", "optimizer", "data.train", "data.eval", "data.loader", "recipe.learning_rates",
 )  # fmt: skip
-"""Sections whose fields belong to the part that they configure, which checks them itself."""
+"""Sections whose fields are checked by the part that they configure."""
 
 RENAMED = (
   ("checkpoint.score_best", "eval_best_at_end"),
@@ -81,7 +81,7 @@ RENAMED = (
   ("task.cutmix_share", "cutmix_fraction"),
 )
 """Patterns of the paths of renamed fields, and their new names; systems have more. Saved runs are
-read with the new names; config files and flags with an old one are refused with the new one."""
+read with the new names; config files and flags with an old one raise an error with the new one."""
 
 _FRACTIONS = ("eval_every", "every", "warmup_steps", "cooldown_steps", "timescale")
 """Counts of steps, in any section, that may be fractions of all steps."""

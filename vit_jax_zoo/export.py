@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
   for name in ("model", "format", "output"):
     if FLAGS[name].value is None:
-      raise ValueError(f"--{name} is missing; see python -m vit_jax_zoo.export --help")
+      raise ValueError(f"--{name}: missing; see python -m vit_jax_zoo.export --help")
   options = {} if FLAGS.image_size is None else {"image_size": FLAGS.image_size}
   write(load_pretrained(FLAGS.model, **options), FLAGS.format, FLAGS.output)
   logging.info("%s written as %s: %s", FLAGS.model, FLAGS.format, FLAGS.output)

@@ -58,7 +58,7 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
   Raises ValueError (invalid config, option or data), FileNotFoundError (no data, nothing to
   evaluate), FloatingPointError (diverged) or LockedError (another run uses `workdir`).
   """
-  if options.overfit_one_batch:  # kept apart from real training
+  if options.overfit_one_batch:  # separate from real training
     workdir = workdir / "overfit_one_batch"
   run_data = run_metadata.load_data(workdir) if options.eval_only else None
   with contextlib.nullcontext() if options.eval_only else workdir_lock(workdir):

@@ -1,1 +1,1 @@
-"""Functions that turn arrays into matplotlib figures; they neither show nor save them."""
+"""Functions from arrays to matplotlib figures."""

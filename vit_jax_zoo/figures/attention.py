@@ -23,11 +23,12 @@ def principal_filters(
   """Returns filters' principal components (ViT, figure 7) and their fractions of the variance."""
   points = np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1]).T
   _, singular, directions = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)
-  kept = directions[:count]
-  largest = np.take_along_axis(kept, np.abs(kept).argmax(axis=1)[:, None], axis=1)
-  kept = kept * np.where(largest < 0, -1.0, 1.0)
+  components = directions[:count]
+  largest = np.take_along_axis(components, np.abs(components).argmax(axis=1)[:, None], axis=1)
+  components = components * np.where(largest < 0, -1.0, 1.0)
   fractions = singular[:count] ** 2 / max(float((singular**2).sum()), 1e-300)
-  return kept.reshape(-1, *kernel.shape[:3]).astype(np.float32), fractions.astype(np.float32)
+  filters = components.reshape(-1, *kernel.shape[:3])
+  return filters.astype(np.float32), fractions.astype(np.float32)
 
 
 def draw_filters(kernel: Float[np.ndarray, "kh kw c n"], *, principal: bool = False) -> Figure:

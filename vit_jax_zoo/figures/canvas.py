@@ -37,7 +37,7 @@ def write_title(figure: Figure, title: str, subtitle: str) -> None:
 
 
 def add_axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
-  """Adds axes; place and size in inches, from the lower left corner."""
+  """Adds axes; position and size in inches, from the lower left corner."""
   scale = np.tile(figure.get_size_inches(), 2)
   return figure.add_axes(tuple(np.array([left, bottom, width, height]) / scale))
 

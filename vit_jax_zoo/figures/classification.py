@@ -49,8 +49,8 @@ def draw_predictions(
   write_title(figure, "Predictions", f"{int(correct.sum())} of {shown} correct")
   width, height = figure.get_size_inches()
   for inches, text, color in ((1.1, "✓ correct", RIGHT), (0.3, "✗ wrong", WRONG)):
-    place = (1 - inches / width, 1 - 0.2 / height)
-    figure.text(*place, text, ha="right", va="top", fontsize=9.5, color=color, weight="bold")
+    corner = (1 - inches / width, 1 - 0.2 / height)
+    figure.text(*corner, text, ha="right", va="top", fontsize=9.5, color=color, weight="bold")
   for i, ax in enumerate(axes):
     best, probability = (predictions[key][i][0] for key in ("labels", "probabilities"))
     name = shorten(name_of(int(best), class_names), int(11.5 * cell) - 8)

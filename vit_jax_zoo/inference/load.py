@@ -57,8 +57,8 @@ def load(
 ) -> Trained:
   """Loads a model with its task and preprocessing; see `load_pretrained`.
 
-  `class_names` are in order, for files that lack them (ValueError for another number than the
-  classes). Files without a classifier are rejected if `needs_head`, else loaded for their features.
+  `class_names` are in order, for files without them (ValueError for another number than the
+  classes). Files without a classifier raise ValueError if `needs_head`.
   """
   if is_checkpoint(path):
     run = _Run.read(path, options)

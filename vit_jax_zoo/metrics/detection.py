@@ -36,7 +36,7 @@ class DetectionEvaluator(Evaluator):
   "box_ap75"; "box_ap_small", "..._medium", "..._large" (below 32^2, below 96^2, above, in pixels of
   the original image); "box_ar1", "box_ar10", "box_ar100" (recall at 1, 10, 100 detections per
   image) and by size; with `per_class` also "box_ap/<class>"; "images". Scores and classes without
-  any ground truth are left out. The 100 highest-scoring detections of an image count.
+  ground truth are omitted. The 100 highest-scoring detections of an image count.
   """
 
   scores = (

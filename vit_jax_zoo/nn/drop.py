@@ -42,10 +42,10 @@ class DropPath(nn.Module):
     """Keeps each example's branch with probability 1 - rate; all unless `train`."""
     if not train or (isinstance(rate, (int, float)) and rate == 0):
       return branch
-    keep = 1 - jnp.asarray(rate, dtype=jnp.float32)
+    probability = 1 - jnp.asarray(rate, dtype=jnp.float32)
     shape = (branch.shape[0],) + (1,) * (branch.ndim - 1)
-    kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
-    return branch * (kept / keep).astype(branch.dtype)
+    keep = jax.random.bernoulli(self.make_rng("dropout"), probability, shape)
+    return branch * (keep / probability).astype(branch.dtype)
 
 
 def drop_path_rates(rate: float, depth: int) -> tuple[float, ...]:

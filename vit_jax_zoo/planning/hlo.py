@@ -1,6 +1,6 @@
 """Memory and network traffic of a compiled program, from its HLO text.
 
-XLA's cost analysis counts the body of a loop once. Here each computation counts as often as it is
+XLA's cost analysis counts the body of a loop once; here each computation counts as often as it is
 executed: a scan's body once per step; of a conditional, the branch with the most traffic.
 
 * An instruction reads its operands and writes its result; a fusion and a Pallas kernel are one

@@ -43,7 +43,7 @@ class Memory:
   activations: float  # residuals for the backward pass before XLA's fusion; part of `temporary`
   temporary: float | None = None  # live within a step only, with activations and gradients
   code: float | None = None
-  peak: float | None = None  # of a step that does not fit, what the compiler would need
+  peak: float | None = None  # if the step does not fit, the memory that the compiler needs
   limit: float | None = None  # the device's memory, None if unknown
 
 
@@ -264,8 +264,8 @@ def activation_bytes(program: Program, accumulation_steps: int = 1) -> float:
     key: jax.ShapeDtypeStruct((leaf.shape[0] // accumulation_steps, *leaf.shape[1:]), leaf.dtype)
     for key, leaf in program.abstract_batch.items()
   }
-  kept = max(_residual_bytes(program, group, batch) for group in program.task.optim_groups)
-  return kept / batch_ways(program.mesh)
+  largest = max(_residual_bytes(program, group, batch) for group in program.task.optim_groups)
+  return largest / batch_ways(program.mesh)
 
 
 def _residual_bytes(program: Program, group: OptimGroup, batch: Any) -> float:

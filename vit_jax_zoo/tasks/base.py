@@ -162,7 +162,7 @@ class Task(abc.ABC):
 
   @property
   def metrics(self) -> tuple[str, ...]:
-    """Names of the scores of an evaluation, from which `data.eval.<name>.metrics` chooses."""
+    """Names of the scores of an evaluation, from which `data.eval.<name>.metrics` selects."""
     return self.evaluator().scores
 
   def check_data(self, info: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""Atomic writes: an interruption, or another process, sees the old or the new file."""
+"""Atomic writes: after an interruption there is either the old or the new file."""
 
 import json
 from typing import Any

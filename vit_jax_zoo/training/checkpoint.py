@@ -69,7 +69,6 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     self.best_score = None if metrics is None else float(metrics["score"])
 
   def __exit__(self, *_: object) -> None:
-    """Waits, and stops the background threads."""
     self.wait()
     self._newest.manager.close()
     self._best.manager.close()

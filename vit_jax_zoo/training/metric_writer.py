@@ -261,7 +261,7 @@ def _step_of(line: str) -> float:
 def _as_float(name: str, value: Any) -> float:
   array = np.asarray(value)
   if array.size != 1:
-    raise ValueError(f"metric {name!r} has shape {array.shape}; write_scalars takes single numbers")
+    raise ValueError(f"metric {name!r}: shape {array.shape}; expected a single number")
   return float(array.reshape(()))
 
 

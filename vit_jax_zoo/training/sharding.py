@@ -145,8 +145,8 @@ def input_shard(mesh: Mesh, batch_size: int) -> tuple[int, int]:
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """Returns global arrays, sharded over the mesh, from the rows of each process."""
   sharding = batch_sharding(mesh)
-  place = jax.make_array_from_process_local_data
-  return {key: place(sharding, np.asarray(value)) for key, value in batch.items()}
+  make = jax.make_array_from_process_local_data
+  return {key: make(sharding, np.asarray(value)) for key, value in batch.items()}
 
 
 def to_local(tree: Any) -> Any:

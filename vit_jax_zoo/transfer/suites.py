@@ -64,16 +64,16 @@ class Request:
 
   def choose(self, suite: str, table: Mapping[str, Any], make: Callable[[str], Any]) -> dict:
     """Returns the datasets of a suite by name: from its table, or made by `make` from sources."""
-    chosen = {}
+    datasets = {}
     for name in self.data or table:
       if name.partition(":")[0] in KINDS and ":" in name:
-        chosen[name] = make(name)
+        datasets[name] = make(name)
       elif name in table:
-        chosen[name] = table[name]
+        datasets[name] = table[name]
       else:
         names = (*table, "folder:/path", "tfds:name", "demo:digits")
         raise ValueError(unknown_name(f"data for {suite}", name, names))
-    return chosen
+    return datasets
 
 
 def run_suites(request: Request, extractor: Extractor) -> Iterator[Outcome]:
@@ -90,7 +90,7 @@ def run_suites(request: Request, extractor: Extractor) -> Iterator[Outcome]:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-  """Evaluates the requested suites; `cache` has the features that several probes share."""
+  """Evaluates the requested suites; `cache` has the features of datasets for several probes."""
 
   request: Request
   extractor: Extractor
