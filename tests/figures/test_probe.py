@@ -11,4 +11,4 @@ def test_accuracy_by_depth():
   np.testing.assert_allclose(best.get_xydata(), [[1, 90]])
   np.testing.assert_allclose(level.get_ydata(), [60, 60])
   texts = {text.get_text() for text in ax.texts}
-  assert texts == {"layer 1, chosen on validation: 90.0 %", "pixels: 60.0 %"}
+  assert texts == {"layer 1, selected on validation: 90.0 %", "pixels: 60.0 %"}

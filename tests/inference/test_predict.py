@@ -261,7 +261,7 @@ def test_top_k_one_deterministic(igpt_run):
 def test_unsupported_options_raise(vit_run, igpt_run, tmp_path):
   with pytest.raises(ValueError, match=r"--samples: .*--explain"):
     predict.check_options(predictor_of(vit_run), Options(samples=3))
-  with pytest.raises(ValueError, match="--prefix_fraction lies in"):
+  with pytest.raises(ValueError, match="--prefix_fraction"):
     predictor_of(igpt_run, prefix_fraction=2.0)
   with pytest.raises(ValueError, match="has no classifier"):
     create_predictor(load(str(golden_folder("vit_hf_base_a"))), Options())
@@ -280,9 +280,9 @@ def test_unsupported_options_raise(vit_run, igpt_run, tmp_path):
   [
     ({"prefix_fraction": 1.5}, r"--prefix_fraction .*1.5"),
     ({"prefix_fraction": -0.1}, "--prefix_fraction"),
-    ({"samples": 0}, "--samples is positive"),
-    ({"temperature": -1.0}, "--temperature not negative"),
-    ({"top_k": 0}, "--top_k is positive; got 0"),
+    ({"samples": 0}, "--samples"),
+    ({"temperature": -1.0}, "--temperature"),
+    ({"top_k": 0}, "--top_k: 0"),
     ({"palette": None}, "no palette"),
     ({"causal": False}, "causal=False"),
   ],
