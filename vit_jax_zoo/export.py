@@ -186,19 +186,21 @@ def _program_size(pretrained: Pretrained) -> tuple[int, int]:
 
 
 def _steps(preprocess: Preprocess, size: tuple[int, int], *, is_detector: bool) -> list[str]:
-  height, width = preprocess.image_size
+  (height, width), (rows, columns) = preprocess.image_size, preprocess.uncropped_size
   limit = f", the longer at most {preprocess.max_side}" if preprocess.max_side else ""
-  side = round(height / preprocess.crop_pct)
+  crop = f" and crop the centre, {height} x {width}"
+  goal = f"the shorter side to {rows}" if rows == columns else f"to cover {rows} x {columns}"
   resize = {
     "none": "do not resize",
-    "squash": f"resize to {height} x {width}",
+    "squash": f"resize to {rows} x {columns}{crop if rows > height or columns > width else ''}",
     "inside": f"resize with the aspect ratio kept to the largest size inside of {height} x {width}",
     "shorter_side": f"resize with the aspect ratio kept, the shorter side to {height}{limit}",
-    "crop": f"resize the shorter side to {side} and crop the centre, {height} x {width}",
+    "crop": f"resize with the aspect ratio kept, {goal}{crop}",
   }[preprocess.fit]
-  filters = {"tf_bilinear": "TensorFlow's bilinear filter, not antialiased"}
-  name = preprocess.interpolation
-  steps = [f"{resize}, with {filters.get(name, f'the {name} filter of Pillow, antialiased')}"]
+  name = preprocess.interpolation.removeprefix("tf_")
+  library = "Pillow" if name == preprocess.interpolation else "TensorFlow"
+  filters = {"opencv": "OpenCV's bilinear filter, antialiased"}
+  steps = [f"{resize}, with {filters.get(name, f'the {name} filter of {library}')}"]
   if is_detector:
     steps.append(f"pad at the right and bottom to {size[0]} x {size[1]}, with any value")
   return [

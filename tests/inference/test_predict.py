@@ -18,7 +18,7 @@ from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Prediction
-from vit_jax_zoo.inference.load import _prepare_for_run, _Run, load
+from vit_jax_zoo.inference.load import _Run, load
 from vit_jax_zoo.run_metadata import RunData
 from vit_jax_zoo.training.checkpoint import restore_variables
 
@@ -323,9 +323,48 @@ def test_run_without_data_json_loads(vit_run, tmp_path):
 def test_aspect_ratio_kept_if_model_allows(task, transforms, expected):
   split = {"transforms": [{"name": name} for name in transforms]}
   config = {"task": {"name": task}, "data": {"eval": {"test": split}}, "checkpoint": {}}
-  run = _Run("run", config, RunData(2, (), {"image": (64, 80, 3)}), {}, None, None, None)
-  example = _prepare_for_run(run.transforms(), (64, 80), run.fit, photo(40, 60))
+  run = _Run("run", config, RunData(2, (), {"image": (64, 80, 3)}), {}, None, (64, 80), None)
+  example = run.prepare()(photo(40, 60))
   assert example["image"].shape == (*expected, 3)
+
+
+SMALL = {"name": "resize_small", "size": 11}
+
+
+@pytest.mark.parametrize(
+  ("task", "specs", "size"),
+  [
+    ("classification", [], (8, 12)),
+    ("classification", [{"name": "resize", "size": [8, 12]}], (8, 12)),
+    (
+      "classification",
+      [{"name": "resize", "size": 8, "method": "area", "dtype": "float32"}],
+      (8, 8),
+    ),
+    ("classification", [SMALL, {"name": "central_crop", "size": 8}], (8, 8)),
+    ("classification", [SMALL, {"name": "central_crop", "size": [8, 10]}], (8, 10)),
+    ("classification", [SMALL | {"name": "resize"}, {"name": "central_crop", "size": 8}], (8, 8)),
+    ("detection", [], (16, 24)),
+    ("detection", [{"name": "resize_shorter", "shorter": 16, "longest": 24}], (16, 24)),
+  ],
+)
+def test_run_preprocess_equals_evaluation(task, specs, size):
+  split = {"transforms": specs}
+  config = {"task": {"name": task}, "data": {"eval": {"test": split}}, "checkpoint": {}}
+  run = _Run("run", config, RunData(2, (), {}), {}, None, size, None)
+  prepare, preprocess, rng = run.prepare(), run.preprocess(), np.random.default_rng(0)
+  for height, width in rng.integers(5, 70, (20, 2)).tolist():
+    image = rng.integers(0, 256, (height, width, 3), np.uint8)
+    np.testing.assert_array_equal(preprocess.resize(image), prepare(image)["image"])
+
+
+def test_run_preprocess_resize_after_crop():
+  specs = [SMALL, {"name": "central_crop", "size": 11}, {"name": "resize", "size": 4}]  # iGPT's
+  split = {"transforms": specs}
+  config = {"task": {"name": "classification"}, "data": {"eval": {"test": split}}}
+  run = _Run("run", config | {"checkpoint": {}}, RunData(2), {}, None, (4, 4), None)
+  preprocess = run.preprocess()
+  assert (preprocess.resized_size(20, 30), preprocess.image_size) == ((4, 6), (4, 4))
 
 
 def test_load_pretrained_run_new_size_or_classes(vit_run, igpt_run):

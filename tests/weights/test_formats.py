@@ -192,6 +192,19 @@ def test_imagegpt_palette_shape_mismatch_raises(imagegpt):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+  ("field", "value"), [("size", 7), ("image_mean", [0.4] * 3), ("do_normalize", False)]
+)
+def test_imagegpt_processor_mismatch_raises(field, value, imagegpt):
+  processor = json.loads((imagegpt / "preprocessor_config.json").read_text())
+  (imagegpt / "preprocessor_config.json").write_text(json.dumps(processor | {"resample": 3}))
+  assert load_pretrained(str(imagegpt)).preprocess.interpolation == "bicubic"
+  (imagegpt / "preprocessor_config.json").write_text(json.dumps(processor | {field: value}))
+  name = field.replace("do_normalize", "image_mean")
+  with pytest.raises(WeightsError, match=rf"preprocessor_config\.json: {name}"):
+    load_pretrained(str(imagegpt))
+
+
 def test_imagegpt_palette_from_npy(imagegpt):
   processor = imagegpt / "preprocessor_config.json"
   clusters = np.asarray(json.loads(processor.read_text())["clusters"], np.float32)

@@ -1,5 +1,7 @@
 """Hugging Face's JSON files: preprocessing and class names of classifiers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -38,6 +40,54 @@ def test_crop_shorter_side_exact():
     read_preprocess({**processor, "crop_size": 448}, (224, 224))
 
 
+CROPS = {
+  "odd": {"size": {"shortest_edge": 65}, "crop_size": 56},
+  "wide": {"size": {"shortest_edge": 64}, "crop_size": {"height": 40, "width": 56}},
+  "of_a_rectangle": {"size": {"height": 64, "width": 96}, "crop_size": [40, 75], "resample": 3},
+}
+
+
+@pytest.mark.parametrize("name", CROPS)
+def test_center_crop_round_trip(name):
+  preprocess = read_preprocess({**CROPS[name], "do_center_crop": True}, (224, 224))
+  image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+  (height, width), (rows, columns) = preprocess.image_size, preprocess.resized_size(64, 96)
+  top, left = (rows - height) // 2, (columns - width) // 2  # as transformers: rounded down
+  whole = preprocess.at_size((rows, columns))
+  whole = dataclasses.replace(whole, fit="squash", crop_pct=1.0).resize(image)
+  expected = whole[top : top + height, left : left + width]
+  np.testing.assert_array_equal(preprocess.resize(image), expected)
+  assert read_preprocess(processor_of(preprocess, "ViTImageProcessor"), (224, 224)) == preprocess
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*CROPS, "DeiTImageProcessor", "nothing"])
+def test_preprocess_equals_transformers(name):
+  from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
+  from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+  fields = {**CROPS[name], "do_center_crop": True} if name in CROPS else {}
+  fields |= dict.fromkeys(("do_resize", "do_normalize")) if name == "nothing" else {}
+  kind = DeiTImageProcessorPil if name.startswith("DeiT") else ViTImageProcessorPil
+  theirs, ours = (
+    kind(**fields),
+    read_preprocess({"image_processor_type": name, **fields}, (224,) * 2),
+  )
+  rng = np.random.default_rng(0)
+  for size in rng.integers(5, 300, (20, 2)).tolist():
+    image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    found = theirs(image, input_data_format="channels_last", return_tensors="np")
+    expected = np.moveaxis(found["pixel_values"], 1, -1)
+    np.testing.assert_allclose(ours([image]), expected, atol=1e-5)
+
+
+def test_unknown_processor_class_warns(caplog):
+  with caplog.at_level("WARNING"):
+    read_preprocess({"image_processor_type": "LevitImageProcessor"}, (224, 224))
+  assert "LevitImageProcessor" in caplog.text
+
+
 def test_unnamed_classes_written_as_ids(caplog):
   with caplog.at_level("WARNING"):
     assert label_fields(("ant",), 3)["id2label"] == {"0": "ant", "1": "1", "2": "2"}
@@ -63,6 +113,7 @@ def test_size_formats_equal_transformers(size, expected):
     {"rescale_factor": 0},
     {"image_mean": ["a"]},
     {"image_std": [0.5, 0.5]},
+    {"pad_size": 300, "do_pad": True},
   ],
 )
 def test_invalid_values_raise(processor):

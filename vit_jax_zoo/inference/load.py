@@ -10,7 +10,6 @@ import numpy as np
 from etils import epath
 
 from vit_jax_zoo import weights
-from vit_jax_zoo.data import images as image_ops
 from vit_jax_zoo.data.transforms import Transform, build_transforms
 from vit_jax_zoo.data.transforms.detection import ResizeShorter
 from vit_jax_zoo.data.transforms.image import CentralCrop, Resize, ResizeSmall
@@ -114,28 +113,11 @@ def _height_width(size: int | Sequence[int]) -> tuple[int, int]:
   return height, width
 
 
-def _at_size(transform: Transform, old_size: Size, new_size: Size) -> Transform:
-  """Returns an evaluation's transform with its sizes scaled from `old_size` to `new_size`."""
-  if not isinstance(transform, Resize | ResizeSmall | CentralCrop):
-    return transform
-  ratios = [new / old for new, old in zip(new_size, old_size, strict=True)]
-  if isinstance(transform, ResizeSmall):
-    return dataclasses.replace(transform, size=round(transform.size * max(ratios)))
-  height, width = _height_width(transform.size)
-  return dataclasses.replace(transform, size=(round(height * ratios[0]), round(width * ratios[1])))
-
-
 def _prepare_for_run(
-  transforms: Sequence[Transform], size: tuple[int, int] | None, fit: str, image: Image
+  transforms: Sequence[Transform], preprocess: Preprocess | None, image: Image
 ) -> dict[str, Any]:
-  """Applies an evaluation's transforms; first resizes the image as in `_Run.fit` if none does."""
-  example: dict[str, Any] = {"image": image}
-  is_resized = any(hasattr(t, "size") or hasattr(t, "shorter") for t in transforms)
-  if size and not is_resized and fit != "as_is":
-    if fit == "shorter_side":
-      scale = min(size) / min(image.shape[:2])
-      size = (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale)))
-    example["image"] = image_ops.resize(image, *size)
+  """Applies the resize of `preprocess`, and then an evaluation's transforms."""
+  example: dict[str, Any] = {"image": preprocess.resize(image) if preprocess else image}
   rng = np.random.default_rng(0)  # evaluations are deterministic
   for transform in transforms:
     example = transform(example, rng)
@@ -196,27 +178,17 @@ class _Run:
     transforms = build_transforms(self._evaluation().get("transforms", []))
     return tuple(transform for transform in transforms if not transform.is_target)
 
-  @property
-  def fit(self) -> str:
-    """How images are resized to the run's size if no transform does it.
-
-    "squeeze"; "shorter_side", with the aspect ratio kept; "as_is", for padded images of any size.
-    """
-    if not tasks()[self.task_name].keeps_aspect_ratio:
-      return "squeeze"
-    names = {spec["name"] for spec in self._evaluation().get("transforms", [])}
-    return "as_is" if "pad_label_map" in names else "shorter_side"
-
   def prepare(self) -> Callable[[Image], Mapping[str, Any]]:
     """Returns the function from a user's image to an example of an evaluation."""
-    size, transforms = self.requested_size, self.transforms()
+    size, transforms, preprocess = self.requested_size, self.transforms(), self.preprocess()
+    preprocess = preprocess.at_size(size) if size else preprocess
     if self.config.get("preprocess"):
-      preprocess = self.preprocess()
-      preprocess = preprocess.at_size(size) if size else preprocess
       return functools.partial(_prepare_published, preprocess)
     if size:
-      transforms = tuple(_at_size(each, self.trained_size or size, size) for each in transforms)
-    return functools.partial(_prepare_for_run, transforms, self.size, self.fit)
+      transforms = tuple(t for t in transforms if not isinstance(t, Resize | CentralCrop))
+    is_resized = any(hasattr(t, "size") or hasattr(t, "shorter") for t in transforms)
+    needs_size = self.size is not None and not is_resized and preprocess.fit != "none"
+    return functools.partial(_prepare_for_run, transforms, preprocess if needs_size else None)
 
   def preprocess(self) -> Preprocess:
     """Returns the evaluation's transforms as the preprocessing of a pretrained model."""
@@ -230,17 +202,27 @@ class _Run:
     if (shorter := transforms.get(ResizeShorter)) is not None:
       side, limit = (int(np.ravel(shorter.shorter)[0]),) * 2, shorter.longest
       return Preprocess(side, mean, std, "shorter_side", "bilinear", max_side=limit)
-    if CentralCrop in transforms and (small := transforms.get(ResizeSmall)) is not None:
-      fraction = crop_fraction(target[0], int(small.size))
-      return Preprocess(target, mean, std, "crop", "bilinear", crop_pct=fraction)
-    if (resize := transforms.get(Resize)) is not None:
-      # Filters other than bilinear are antialiased.
-      name = "tf_bilinear" if resize.method == "bilinear" else "bilinear"
-      return Preprocess(_height_width(resize.size), mean, std, interpolation=name)
-    if self.fit == "shorter_side":
-      target = (min(target),) * 2
-    fit = {"as_is": "none", "squeeze": "squash"}.get(self.fit, self.fit)
-    return Preprocess(target, mean, std, fit, "bilinear")
+    crop = transforms.get(CentralCrop)
+    resizes = [transform for transform in self.transforms() if isinstance(transform, Resize)]
+    if resizes:
+      # A resize after the crop, as iGPT's, is one with the first: other pixels, the same region.
+      first, last = resizes[0] if crop else resizes[-1], resizes[-1]
+      before = _height_width(first.size)
+      after = _height_width(crop.size) if crop else before
+      fit = "squash"
+      if isinstance(first, ResizeSmall):
+        fit = "crop" if crop else "shorter_side"
+      return Preprocess(
+        after if first is last else _height_width(last.size), mean, std, fit,
+        f"tf_{last.method}", crop_fraction(after, before), last.dtype == "uint8",
+        rounding="nearest",
+      )  # fmt: skip
+    fit = "squash"
+    if task_class.keeps_aspect_ratio:
+      names = {spec["name"] for spec in self._evaluation().get("transforms", [])}
+      # Padded images have any size.
+      fit, target = "none" if "pad_label_map" in names else "shorter_side", (min(target),) * 2
+    return Preprocess(target, mean, std, fit, "opencv", rounding="nearest")
 
 
 def _frozen(value: Any) -> Any:

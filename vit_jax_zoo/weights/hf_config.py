@@ -89,31 +89,42 @@ def size_of(
   return {name: sides[name] for name in names}
 
 
+_DEIT = {"size": 256, "crop_size": 224, "do_center_crop": True, "resample": 3}
+"""Defaults of DeiT's and BEiT's processors."""
+
+
 def read_preprocess(processor: Mapping[str, Any], size: Size) -> Preprocess:
   """Returns the preprocessing of an image classifier's `preprocessor_config.json`.
 
   `processor` is its content, {} for transformers' defaults; `size` the default height and width.
   """
-  given, crop = processor.get("size"), processor.get("crop_size")
-  has_crop = bool(processor.get("do_center_crop")) and crop is not None
+  kind = processor.get("image_processor_type") or processor.get("feature_extractor_type") or "ViT"
+  if not str(kind).startswith(("ViT", "DeiT", "Beit", "CLIP", "Bit", "ImageGPT")):
+    logging.warning("%s: %s is read as a ViTImageProcessor", _PROCESSOR, kind)
+  defaults = _DEIT if str(kind).startswith(("DeiT", "Beit")) else {"size": list(size)}
+  # As in transformers, null is no for a step, and an error for a value: the default here.
+  stated = {k: v for k, v in processor.items() if v is not None or k.startswith("do_")}
+  given: dict[str, Any] = {**defaults, **stated}
+  if given.get("do_pad") and "pad_size" in given:
+    raise WeightsError(f"{_PROCESSOR}: pad_size is {given['pad_size']!r}; expected none")
   # A limit of the longer side would give images of several sizes.
   known = (("height", "width"), ("shortest_edge",))
-  sides = list(size_of(list(size) if given is None else given, "size", known).values())
-  final = resized = sides[0], sides[-1]
-  if has_crop:
-    height, width = size_of(crop, "crop_size", known[:1]).values()
-    final = height, width
-  do_resize = processor.get("do_resize", True)
-  if has_crop and (not do_resize or max(final) > min(resized)):
-    wrong = f"size {given} (do_resize {do_resize}) with crop_size {crop}"
-    raise WeightsError(f"preprocessor_config.json: {wrong}; expected a resize to at least the crop")
+  sides = list(size_of(given["size"], "size", known).values())
+  height, width = resized = sides[0], sides[-1]
+  do_resize = given.get("do_resize", True)
+  if given.get("do_center_crop") and "crop_size" in given:
+    height, width = size_of(given["crop_size"], "crop_size", known[:1]).values()
+    if not do_resize or height > resized[0] or width > resized[1]:
+      wrong = f"crop_size is {given['crop_size']}, size {given['size']}, do_resize {do_resize}"
+      raise WeightsError(f"{_PROCESSOR}: {wrong}; expected a resize to at least the crop")
   fit = "crop" if len(sides) == 1 else "squash"
   return Preprocess(
-    final,
-    *mean_and_std(processor, ((0.5, 0.5, 0.5),) * 2),
+    (height, width),
+    *mean_and_std(given, ((0.5, 0.5, 0.5),) * 2),
     fit=fit if do_resize else "none",
-    interpolation=interpolation_of(processor),
-    crop_pct=crop_fraction(final[0], resized[0]),
+    interpolation=interpolation_of(given),
+    crop_pct=crop_fraction((height, width), resized),
+    rounding="ratio",
   )
 
 
@@ -165,20 +176,26 @@ def write_folder(path: str, arrays: Flat, **contents: Mapping[str, Any]) -> None
 
 
 def processor_of(
-  preprocess: Preprocess, kind: str, *, fits: Iterable[str] = ("none", "squash")
+  preprocess: Preprocess, kind: str, *, fits: Iterable[str] = ("none", "squash", "crop")
 ) -> dict[str, Any]:
-  """Returns the `preprocessor_config.json` of an image processor class with these fits."""
-  known = preprocess.interpolation in PILLOW_FILTERS
-  if preprocess.fit not in fits or preprocess.crop_pct != 1 or not known:
+  """Returns the `preprocessor_config.json` of an image processor class with these fits.
+
+  With a crop the class is CLIP's: that of ViT has none before transformers 5.
+  """
+  crops, final = "crop" in fits, preprocess.image_size
+  height, width = resized = preprocess.uncropped_size if crops else final
+  covers = preprocess.fit == "crop" and crops and height == width
+  is_known = covers if preprocess.fit == "crop" else preprocess.fit in fits
+  has_filter = preprocess.interpolation in PILLOW_FILTERS and not preprocess.truncate
+  if not is_known or not has_filter or (preprocess.crop_pct != 1 and not crops):
     logging.warning(
-      "preprocessor_config.json: %s has no fit=%s, interpolation=%s; written as squash, bilinear",
-      kind, preprocess.fit, preprocess.interpolation,
+      "%s: %s has no fit=%s of size %s with interpolation=%s; the nearest one is written",
+      _PROCESSOR, kind, preprocess.fit, preprocess.uncropped_size, preprocess.interpolation,
     )  # fmt: skip
-  height, width = preprocess.image_size
-  return {
+  processor = {
     "image_processor_type": kind,
     "do_resize": preprocess.fit != "none",
-    "size": {"height": height, "width": width},
+    "size": {"shortest_edge": height} if covers else {"height": height, "width": width},
     "resample": int(PILLOW_FILTERS.get(preprocess.interpolation, PILLOW_FILTERS["bilinear"])),
     "do_rescale": True,
     "rescale_factor": 1 / 255,
@@ -186,3 +203,7 @@ def processor_of(
     "image_mean": preprocess.means,
     "image_std": preprocess.stds,
   }
+  if covers or resized != final:
+    crop = {"do_center_crop": True, "crop_size": {"height": final[0], "width": final[1]}}
+    processor |= {"image_processor_type": "CLIPImageProcessor", **crop}
+  return processor

@@ -10,16 +10,18 @@ from PIL import Image
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.data.images import bounded_size
-from vit_jax_zoo.data.resize import tf_resize
+from vit_jax_zoo.data.images import resize as cv2_resize
+from vit_jax_zoo.data.resize import METHODS, tf_resize
 from vit_jax_zoo.errors import check_names
 
 _NAMES = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 PILLOW_FILTERS = {name: Image.Resampling[name.upper()] for name in _NAMES}
 """Pillow's filters, antialiased and rounded to uint8, by timm's names."""
 
-INTERPOLATIONS = ("tf_bilinear", *PILLOW_FILTERS)
+INTERPOLATIONS = (*(f"tf_{name}" for name in METHODS), "opencv", *PILLOW_FILTERS)
+"""TensorFlow's (`data.resize`), `data.images.resize`, and Pillow's."""
 FITS = ("squash", "crop", "shorter_side", "inside", "none")
-ROUNDINGS = ("side", "ratio", "floor")
+ROUNDINGS = ("side", "ratio", "floor", "nearest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +34,19 @@ class Preprocess:
   resize. `rounding`, where `max_side` limits the size: "side" rounds the shorter side before the
   longer is computed from it (official DETR: up to 1336 of 1333 pixels); "ratio" computes the longer
   side from the unrounded shorter one (transformers: at most 1333); "floor" rounds both scaled sides
-  down (torchvision: 799 of 800 pixels for some sizes).
+  down (torchvision: 799 of 800 pixels for some sizes); "nearest" rounds both (big_vision). The
+  corner of a crop is rounded down with "ratio" and "nearest", else to the nearest even pixel.
   """
 
   image_size: tuple[int, int]  # height and width of the result; see `fit`
   mean: float | tuple[float, ...] = 0.5  # subtracted from pixels in [0, 1]; of each channel, or all
   std: float | tuple[float, ...] = 0.5  # divisor after that
   fit: str = "squash"
-  interpolation: str = "tf_bilinear"  # TensorFlow's, not antialiased; or a key of `PILLOW_FILTERS`
-  crop_pct: float = 1.0  # "crop": fraction of the resized image's sides that remains (timm's term)
+  interpolation: str = "tf_bilinear"  # one of `INTERPOLATIONS`; TensorFlow's is not antialiased
+  # "crop", "squash": fraction of the resized image's sides that remains (timm's term); of both, or
+  # of height and width.
+  crop_pct: float | tuple[float, float] = 1.0
+  truncate: bool = False  # drop the fractions of resized pixels, as big_vision
   max_side: int | None = None  # "shorter_side": maximum length of the longer side
   rounding: str = "side"
   pad_size: tuple[int, int] | None = None  # padded at right and bottom, with zeros once normalised
@@ -73,10 +79,12 @@ class Preprocess:
       raise ValueError(f"image: its shape is [{given}]; expected [height, width, {self.channels}]")
     size = self.resized_size(image.shape[0], image.shape[1])
     resized = _resize(np.asarray(image), *size, self.interpolation)
+    resized = np.floor(np.clip(resized, 0, 255)) if self.truncate else resized
     if not self.has_fixed_size:
       return resized
     height, width = self.image_size
-    top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
+    nearest = int if self.rounding in ("ratio", "nearest") else round
+    top, left = nearest((size[0] - height) / 2), nearest((size[1] - width) / 2)
     return resized[top : top + height, left : left + width]
 
   def pad(self, image: Shaped[np.ndarray, "h w c"]) -> Shaped[np.ndarray, "H W c"]:
@@ -121,6 +129,13 @@ class Preprocess:
     """The standard deviation of each channel."""
     return np.broadcast_to(self.std, self.channels).tolist()
 
+  @property
+  def uncropped_size(self) -> tuple[int, int]:
+    """Height and width before the crop; of the smallest covering image if `fit` is "crop"."""
+    shares = np.broadcast_to(self.crop_pct, 2).tolist()
+    height, width = (math.floor(x / y) for x, y in zip(self.image_size, shares, strict=True))
+    return height, width
+
   def resized_size(self, height: int, width: int) -> tuple[int, int]:
     """Returns the size to which an image is resized, before a crop or padding."""
     return bounded_size(*self._resized_size(height, width))
@@ -132,7 +147,7 @@ class Preprocess:
     if self.fit == "inside":
       scale = min(rows / height, columns / width)
       return int(height * scale), int(width * scale)
-    target = math.floor(rows / self.crop_pct), math.floor(columns / self.crop_pct)
+    target = self.uncropped_size
     if self.fit == "squash":
       return target
     if self.fit == "crop" and target[0] != target[1]:
@@ -143,6 +158,9 @@ class Preprocess:
     if self.rounding == "floor":
       scale = min(target[0] / short, limit / long if limit else math.inf)
       return math.floor(height * scale), math.floor(width * scale)
+    if self.rounding == "nearest":  # in float32, as TensorFlow
+      ratio = np.float32(target[0]) / np.float32(short)
+      return round(float(np.float32(height) * ratio)), round(float(np.float32(width) * ratio))
     exact = float(target[0])
     if limit and long / short * exact > limit:
       exact = limit * float(short) / long
@@ -153,10 +171,13 @@ class Preprocess:
     return (side, other) if height <= width else (other, side)
 
 
-def crop_fraction(side: int, resized: int) -> float:
-  """Returns the `crop_pct` with which a side of `resized` is cropped to `side`."""
-  share = side / resized
-  return share if math.floor(side / share) >= resized else math.nextafter(share, 0)
+def crop_fraction(size: tuple[int, int], resized: tuple[int, int]) -> float | tuple[float, float]:
+  """Returns the `crop_pct` with which `resized` is cropped to `size`, heights and widths."""
+  shares = [
+    x / y if math.floor(x / (x / y)) >= y else math.nextafter(x / y, 0)
+    for x, y in zip(size, resized, strict=True)
+  ]
+  return shares[0] if shares[0] == shares[1] else (shares[0], shares[1])
 
 
 DETECTION = Preprocess(
@@ -166,10 +187,12 @@ DETECTION = Preprocess(
 
 
 def _resize(image: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
-  if interpolation == "tf_bilinear":
-    return tf_resize(image, height, width)
+  if interpolation.startswith("tf_"):
+    return tf_resize(image, height, width, interpolation.removeprefix("tf_"))
   pixels = np.clip(np.rint(image), 0, 255).astype(np.uint8)
-  if pixels.shape[:2] != (height, width):
+  if interpolation == "opencv":
+    pixels = cv2_resize(pixels, height, width)
+  elif pixels.shape[:2] != (height, width):
     flat = pixels[..., 0] if pixels.shape[2] == 1 else pixels
     resized = Image.fromarray(flat).resize((width, height), PILLOW_FILTERS[interpolation])
     pixels = np.asarray(resized).reshape(height, width, -1)

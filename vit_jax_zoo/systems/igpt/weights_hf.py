@@ -3,6 +3,7 @@
 Query, key and value are one matrix, the start token is the embedding's last row: see `split`.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -87,7 +88,16 @@ def read_checkpoint(published: Published) -> Checkpoint:
   if "score.weight" in arrays:
     fields["sos_token"] = False
     del arrays[_SOS]
-  return checkpoint_of(path, arrays, TABLE, fields, None if fields["use_bias"] else _BIAS)
+  checkpoint = checkpoint_of(path, arrays, TABLE, fields, None if fields["use_bias"] else _BIAS)
+  preprocess = hf_config.read_preprocess(published.processor, checkpoint.preprocess.image_size)
+  count = fields["num_positions"]
+  if math.prod(preprocess.image_size) != count or preprocess.fit != "squash":
+    wrong = f"size is {published.processor.get('size')}; expected {count} pixels, n_positions"
+    raise WeightsError(f"{path}/preprocessor_config.json: {wrong}")
+  if {*preprocess.means, *preprocess.stds} != {0.5}:  # the palette's values are in [-1, 1]
+    wrong = f"image_mean is {preprocess.means}, image_std {preprocess.stds}"
+    raise WeightsError(f"{path}/preprocessor_config.json: {wrong}; expected 0.5")
+  return checkpoint.replace(preprocess=preprocess, image_size=preprocess.image_size)
 
 
 def write_checkpoint(path: str, export: Export) -> None:
@@ -108,11 +118,9 @@ def write_checkpoint(path: str, export: Export) -> None:
   contents = {"config": _config_of(fields, export)}
   if clusters is not None:
     contents["preprocessor_config"] = {
-      "image_processor_type": "ImageGPTImageProcessor",
+      **hf_config.processor_of(export.preprocess, "ImageGPTImageProcessor", fits=("squash",)),
       "clusters": np.asarray(clusters).tolist(),
-      **dict.fromkeys(("do_color_quantize", "do_normalize", "do_resize"), True),
-      "resample": 2,
-      "size": dict(zip(("height", "width"), export.preprocess.image_size, strict=True)),
+      "do_color_quantize": True,
     }
   hf_config.write_folder(path, join(write(kept, TABLE)), **contents)
 
