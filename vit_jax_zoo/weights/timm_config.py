@@ -5,7 +5,7 @@ timm publishes folders of it and `model.safetensors`, and
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 
@@ -18,14 +18,6 @@ from vit_jax_zoo.weights.readers import Published
 _FITS = {"center": "crop", "squash": "squash"}
 
 
-class Settings(NamedTuple):
-  """Content of a `config.json`."""
-
-  preprocess: Preprocess
-  stated_size: Size | None  # of the images in training
-  task_fields: dict[str, Any]  # `class_names`, if stated
-
-
 def read(
   published: Published,
   *,
@@ -33,8 +25,11 @@ def read(
   mean: float | tuple[float, ...],
   std: float | tuple[float, ...],
   crop_pct: float,
-) -> Settings:
-  """Returns the content of the file beside the weights; the other arguments are defaults."""
+) -> dict[str, Any]:
+  """Returns the fields `preprocess`, `image_size` and `task_fields` of a `Checkpoint`.
+
+  `image_size` is None if the file does not state it; the other arguments are defaults.
+  """
   config = published.config
   for key in ("pretrained_cfg", "model_args"):
     if not isinstance(config.get(key) or {}, Mapping):
@@ -56,11 +51,11 @@ def read(
     crop_pct=float(given.get("crop_pct") or crop_pct),
   )
   names = config.get("label_names") or given.get("label_names") or config.get("labels") or ()
-  return Settings(
-    preprocess,
-    stated_size=None if stated is None else preprocess.image_size,
-    task_fields={"class_names": tuple(map(str, names))} if names else {},
-  )
+  return {
+    "preprocess": preprocess,
+    "image_size": None if stated is None else preprocess.image_size,
+    "task_fields": {"class_names": tuple(map(str, names))} if names else {},
+  }
 
 
 def write(

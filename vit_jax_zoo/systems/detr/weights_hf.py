@@ -17,25 +17,14 @@ from absl import logging
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.nn.resnet import RESNET_BLOCKS
-from vit_jax_zoo.systems.detr.weights_official import (
-  check_architecture,
-  checkpoint_fields,
-  infer_sizes,
-  with_mask_head,
-)
+from vit_jax_zoo.systems.detr import weights_official as official
 from vit_jax_zoo.weights import backbones as resnet
 from vit_jax_zoo.weights import hf_config
+from vit_jax_zoo.weights import torch_layouts as layouts
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
-from vit_jax_zoo.weights.torch_layouts import (
-  CONVOLUTION,
-  batch_counters,
-  block_rows,
-  layer_rows,
-  norm_rows,
-)
 
 _BACKBONE = "model.backbone.conv_encoder.model."
 _SUPPORTED = {
@@ -53,7 +42,7 @@ _NO_LIMIT = 1_000_000  # transformers needs a `longest_edge`
 def _side(side: str, attentions: Mapping[str, str]) -> list[Row]:
   norms = (*(f"{name}_layer_norm" for name in attentions), "final_layer_norm")
   theirs, ours, mlp = f"model.{side}.layers.{{i}}", f"transformer/{side}_{{i}}", ("fc1", "fc2")
-  return block_rows(theirs, ours, attentions, norms=norms, qkv="{p}_proj.{leaf}", mlp=mlp)
+  return layouts.block_rows(theirs, ours, attentions, norms=norms, qkv="{p}_proj.{leaf}", mlp=mlp)
 
 
 # Learned positions: of transformers 5, then of its version 4.
@@ -70,15 +59,15 @@ def table(*, timm: bool, masks: bool) -> tuple[Row, ...]:
   rows = (
     *resnet.rows(layout, _BACKBONE, "backbone/"),
     *_POSITION_ROWS,
-    *layer_rows("model.input_projection", "input_projection", CONVOLUTION),
+    *layouts.layer_rows("model.input_projection", "input_projection", layouts.CONVOLUTION),
     Row("model.query_position_embeddings.weight", "query_embedding"),
     *_side("encoder", {"self_attn": "attention"}),
     *_side("decoder", {"self_attn": "self_attention", "encoder_attn": "cross_attention"}),
-    *norm_rows("model.decoder.layernorm", "transformer/decoder_norm"),
-    *layer_rows("class_labels_classifier", "class_head"),
-    *layer_rows("bbox_predictor.layers.{i}", "box_head_{i}"),
+    *layouts.norm_rows("model.decoder.layernorm", "transformer/decoder_norm"),
+    *layouts.layer_rows("class_labels_classifier", "class_head"),
+    *layouts.layer_rows("bbox_predictor.layers.{i}", "box_head_{i}"),
   )
-  return with_mask_head(rows) if masks else rows
+  return official.with_mask_head(rows) if masks else rows
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
@@ -98,14 +87,14 @@ def infer_fields(
   published: Mapping[str, np.ndarray], config: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
   """Returns a `Detr`'s fields; WeightsError for other models, KeyError for a missing array."""
-  check_architecture(published, source)
+  official.check_architecture(published, source)
   prefix = _prefix(published)
   layout = resnet.TORCHVISION if _has_timm_keys(published) else resnet.HUGGING_FACE
   backbone = resnet.infer_fields(published, layout, source, f"{prefix}{_BACKBONE}")
   hidden = f"{prefix}model.{{side}}.layers.{{i}}.fc1.weight"
   class_head = f"{prefix}class_labels_classifier.weight"
   queries = f"{prefix}model.query_position_embeddings.weight"
-  fields, *mlp_dims = infer_sizes(published, class_head, queries, hidden)
+  fields, *mlp_dims = official.infer_sizes(published, class_head, queries, hidden)
   encoder, decoder = (
     {"num_heads": config.get(f"{side}_attention_heads", 8), "mlp_dim": mlp_dim}
     for side, mlp_dim in zip(("encoder", "decoder"), mlp_dims, strict=True)
@@ -134,7 +123,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
   hf_config.check_config(published, _SUPPORTED)
   fields = infer_fields(arrays, published.config, path)
   prefix = _prefix(arrays)
-  known = checkpoint_fields(fields, prefix)
+  known = official.checkpoint_fields(fields, prefix)
   names = hf_config.read_class_names(published.config, fields["num_classes"])
   known["task_fields"] = {**names, **known["task_fields"]}
   return Checkpoint(
@@ -199,7 +188,7 @@ def state_dict(variables: Mapping[str, np.ndarray], *, timm: bool = False) -> Fl
   masks = any(path.startswith("mask_head/") for path in variables)
   published = write(variables, table(timm=timm, masks=masks))
   if timm:  # timm's ResNet has counters in the shortcuts' norms, which transformers does not freeze
-    published |= batch_counters(key for key in published if ".downsample.1." in key)
+    published |= layouts.batch_counters(key for key in published if ".downsample.1." in key)
   return published
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax_zoo.weights import backbones as resnet
+from vit_jax_zoo.weights import torch_layouts as layouts
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.fused_qkv import join, split
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, write
@@ -23,15 +24,6 @@ from vit_jax_zoo.weights.model_index import Entry
 from vit_jax_zoo.weights.preprocess import DETECTION
 from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_file import write_state_dict
-from vit_jax_zoo.weights.torch_layouts import (
-  CONVOLUTION,
-  COUNTER,
-  HEADS_BIAS,
-  TO_HEADS,
-  block_rows,
-  layer_rows,
-  norm_rows,
-)
 
 _BODY = "backbone.0.body."
 _FUSED = re.compile(r".*\.in_proj_(weight|bias)")
@@ -49,18 +41,24 @@ _OTHER_ARCHITECTURES = {
 def _side(side: str, attentions: Mapping[str, str]) -> list[Row]:
   theirs, ours = f"transformer.{side}.layers.{{i}}", f"transformer/{side}_{{i}}"
   norms, mlp = ("norm1", "norm2", "norm3")[: len(attentions) + 1], ("linear1", "linear2")
-  return block_rows(theirs, ours, attentions, norms=norms, qkv="in_proj_{leaf}[{part}]", mlp=mlp)
+  return layouts.block_rows(
+    theirs, ours, attentions, norms=norms, qkv="in_proj_{leaf}[{part}]", mlp=mlp
+  )
 
 
 _MASK_ROWS = (
-  *layer_rows("bbox_attention.q_linear", "mask_attention/query", TO_HEADS, HEADS_BIAS),
-  *layer_rows("bbox_attention.k_linear", "mask_attention/key", TO_HEADS, HEADS_BIAS),
-  Row("mask_head.lay1.weight", "mask_head/conv1_kernel", CONVOLUTION),
+  *layouts.layer_rows(
+    "bbox_attention.q_linear", "mask_attention/query", layouts.TO_HEADS, layouts.HEADS_BIAS
+  ),
+  *layouts.layer_rows(
+    "bbox_attention.k_linear", "mask_attention/key", layouts.TO_HEADS, layouts.HEADS_BIAS
+  ),
+  Row("mask_head.lay1.weight", "mask_head/conv1_kernel", layouts.CONVOLUTION),
   Row("mask_head.lay1.bias", "mask_head/conv1_bias"),
-  *layer_rows("mask_head.lay{i}", "mask_head/conv{i}", CONVOLUTION),
-  *norm_rows("mask_head.gn{i}", "mask_head/norm{i}"),
-  *layer_rows("mask_head.adapter{i}", "mask_head/adapter{i}", CONVOLUTION),
-  *layer_rows("mask_head.out_lay", "mask_head/out", CONVOLUTION),
+  *layouts.layer_rows("mask_head.lay{i}", "mask_head/conv{i}", layouts.CONVOLUTION),
+  *layouts.norm_rows("mask_head.gn{i}", "mask_head/norm{i}"),
+  *layouts.layer_rows("mask_head.adapter{i}", "mask_head/adapter{i}", layouts.CONVOLUTION),
+  *layouts.layer_rows("mask_head.out_lay", "mask_head/out", layouts.CONVOLUTION),
 )
 
 
@@ -74,13 +72,13 @@ TABLE: tuple[Row, ...] = (
   *resnet.rows(resnet.TORCHVISION, _BODY, "backbone/"),
   Row("backbone.1.row_embed.weight", "row_embedding"),
   Row("backbone.1.col_embed.weight", "column_embedding"),
-  *layer_rows("input_proj", "input_projection", CONVOLUTION),
+  *layouts.layer_rows("input_proj", "input_projection", layouts.CONVOLUTION),
   Row("query_embed.weight", "query_embedding"),
   *_side("encoder", {"self_attn": "attention"}),
   *_side("decoder", {"self_attn": "self_attention", "multihead_attn": "cross_attention"}),
-  *norm_rows("transformer.decoder.norm", "transformer/decoder_norm"),
-  *layer_rows("class_embed", "class_head"),
-  *layer_rows("bbox_embed.layers.{i}", "box_head_{i}"),
+  *layouts.norm_rows("transformer.decoder.norm", "transformer/decoder_norm"),
+  *layouts.layer_rows("class_embed", "class_head"),
+  *layouts.layer_rows("bbox_embed.layers.{i}", "box_head_{i}"),
 )
 """Keys of `DETR`, with fused matrices split, and our paths, layers unrolled."""
 SEGMENTATION_TABLE = with_mask_head(TABLE)
@@ -148,7 +146,7 @@ def _prefix(published: Mapping[str, np.ndarray]) -> str:
 def checkpoint_fields(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
   """Returns the fields of `Checkpoint` that the official and Hugging Face's format share."""
   is_coco_panoptic = fields["mask_head"] and fields["num_classes"] == 250
-  counters = (rf".*\.{COUNTER}",)
+  counters = (rf".*\.{layouts.COUNTER}",)
   return {
     "family": "detr",
     "fields": fields,

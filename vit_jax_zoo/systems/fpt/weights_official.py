@@ -14,32 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax_zoo.weights import key_map
+from vit_jax_zoo.weights import torch_layouts as layouts
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
-from vit_jax_zoo.weights.key_map import (
-  STATISTICS,
-  Array,
-  Flat,
-  Row,
-  WeightsError,
-  read,
-  write,
-)
+from vit_jax_zoo.weights.key_map import STATISTICS, Array, Flat, Row, WeightsError
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published, read_published
 from vit_jax_zoo.weights.torch_file import write_state_dict
-from vit_jax_zoo.weights.torch_layouts import (
-  CONVOLUTION,
-  COUNTER,
-  POINTWISE,
-  batch_counters,
-  batch_norm_rows,
-  layer_rows,
-)
 
 FINEST, LEVELS = 2, 4  # the file's levels are p2 to p5
 BODY = "Conv_Body."  # prefix of the keys in a detector
 
-IGNORE = (rf".*\.{COUNTER}", r".*\.conv_ks\..*")
+IGNORE = (rf".*\.{layouts.COUNTER}", r".*\.conv_ks\..*")
 """Unread keys: counters, and second names of shared convolutions (compared separately)."""
 
 
@@ -59,11 +45,11 @@ def module_rows(kind: str, published: str, ours: str) -> list[Row]:
   """Rows of a self- ("st"), grounding ("gt") or rendering transformer ("rt")."""
   rows = [Row(f"{published}.attention.weight", f"{ours}/mixture")] if kind == "st" else []
   pointwise, convolutions, norms = _MODULES[kind]
-  for layers, transform in ((pointwise, POINTWISE), (convolutions, CONVOLUTION)):
+  for layers, transform in ((pointwise, layouts.POINTWISE), (convolutions, layouts.CONVOLUTION)):
     for key, name in layers.items():
-      rows += layer_rows(f"{published}.{key}", f"{ours}/{name}", transform)
+      rows += layouts.layer_rows(f"{published}.{key}", f"{ours}/{name}", transform)
   for key, name in norms.items():
-    rows += batch_norm_rows(f"{published}.{key}", f"{ours}/{name}")
+    rows += layouts.batch_norm_rows(f"{published}.{key}", f"{ours}/{name}")
   return rows
 
 
@@ -84,8 +70,8 @@ def neck_rows(prefix: str = "", ours: str = "", *, with_norm: bool) -> tuple[Row
         rows += module_rows("rt", f"{prefix}rt_{pair}", f"{ours}render_{level}_{other}")
     for theirs, name in ((f"{prefix}fpn_{own}_1x1", "lateral"), (f"{prefix}fpt_{own}", "join")):
       path, conv = f"{ours}{name}_{level}", f"{theirs}.0" if with_norm else theirs
-      rows += layer_rows(conv, path, CONVOLUTION)
-      rows += batch_norm_rows(f"{theirs}.1", f"{path}_norm") if with_norm else ()
+      rows += layouts.layer_rows(conv, path, layouts.CONVOLUTION)
+      rows += layouts.batch_norm_rows(f"{theirs}.1", f"{path}_norm") if with_norm else ()
   return tuple(rows)
 
 
@@ -142,16 +128,16 @@ def read_neck(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
   fields = infer_fields(arrays, prefix=prefix, source=path)
   rows = neck_rows(prefix, with_norm=fields["norm"] != "none")
   ignore = (*IGNORE, rf"(?!{re.escape(prefix)}).*", rf"{re.escape(BODY)}conv_body\..*")
-  return read(arrays, rows, shapes, source=path, ignore=ignore)
+  return key_map.read(arrays, rows, shapes, source=path, ignore=ignore)
 
 
 def state_dict(variables: Mapping[str, Array], ours: str = "", prefix: str = "") -> Flat:
   """Returns the authors' state dict of the official FPT at `ours`; keys get `prefix`."""
   own = {k: v for k, v in variables.items() if k.removeprefix(STATISTICS).startswith(ours)}
   with_norm = f"{ours}join_0_norm/scale" in own
-  published = write(own, neck_rows(prefix, ours, with_norm=with_norm))
+  published = key_map.write(own, neck_rows(prefix, ours, with_norm=with_norm))
   again = {k.replace(".conv_qs.", ".conv_ks."): a for k, a in published.items() if ".conv_qs." in k}
-  return {**published, **again, **batch_counters(published)}
+  return {**published, **again, **layouts.batch_counters(published)}
 
 
 def write_checkpoint(path: str, export: Export) -> None:

@@ -89,18 +89,17 @@ def read_checkpoint(published: Published) -> Checkpoint:
   crop_pct = 0.95 if fields["activation"] == "silu" else 0.94
   defaults = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop_pct": crop_pct}
   settings = timm_config.read(published, size=(256, 256), **defaults)
-  size = settings.stated_size or _size_of_tables(arrays)
+  if size := settings["image_size"] or _size_of_tables(arrays):
+    settings |= {"preprocess": settings["preprocess"].at_size(size), "image_size": size}
   return LambdaCheckpoint(
     published.path,
     "lambda_resnet",
     arrays,
     TABLE,
     fields,
-    settings.preprocess if size is None else settings.preprocess.at_size(size),
-    task_fields=settings.task_fields,
     first_kernels=("stem/conv1/conv/kernel",),
     ignore=IGNORE,
-    image_size=size,
+    **settings,
   )
 
 

@@ -171,10 +171,8 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
     table=TABLE,
     fields={**fields, "activation": activation},
     resize="bicubic_antialias",
-    preprocess=settings.preprocess,
-    task_fields=settings.task_fields,
-    image_size=settings.stated_size,
     cls_row_is_stated="no_embed_class" in arguments,
+    **settings,
   )
 
 
