@@ -14,6 +14,7 @@ table. On 1,437 images of 8x8 pixels the results do not rank the architectures o
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import sys
@@ -45,16 +46,6 @@ COLORS = {
 }  # fmt: skip
 
 
-def vit_config() -> ConfigDict:
-  """Returns the config of ViT's demo."""
-  return load(f"{CONFIGS}/vit.py:demo")
-
-
-def lambda_config() -> ConfigDict:
-  """Returns the config of LambdaResNet's demo."""
-  return load(f"{CONFIGS}/lambda_resnet.py:demo")
-
-
 def resnet_config() -> ConfigDict:
   """Returns LambdaResNet's demo with convolutions instead of lambda layers."""
   config = load(f"{CONFIGS}/lambda_resnet.py:demo")
@@ -71,8 +62,8 @@ def igpt_config() -> ConfigDict:
 
 
 SYSTEMS: Mapping[str, tuple[Callable[[], ConfigDict], str]] = {
-  "ViT": (vit_config, "test/accuracy"),
-  "LambdaResNet": (lambda_config, "test/accuracy"),
+  "ViT": (functools.partial(load, f"{CONFIGS}/vit.py:demo"), "test/accuracy"),
+  "LambdaResNet": (functools.partial(load, f"{CONFIGS}/lambda_resnet.py:demo"), "test/accuracy"),
   "ResNet": (resnet_config, "test/accuracy"),
   "iGPT, probed": (igpt_config, "probe/accuracy"),
 }

@@ -25,7 +25,6 @@ _STAGES = (
 SIZES = {
   # From the official code: width, depth, image size in pixels
   "efficientnet_b0": (1.0, 1.0, 224),
-  "efficientnet_b3": (1.2, 1.4, 300),
   "efficientnet_b6": (1.8, 2.6, 528),
   "efficientnet_b7": (2.0, 3.1, 600),
 }

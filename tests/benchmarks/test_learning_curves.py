@@ -35,7 +35,7 @@ def test_all_systems_same_examples_and_batches(system):
 
 
 def test_resnet_differs_only_by_lambda_layers():
-  plain, lambdas = learning_curves.resnet_config(), learning_curves.lambda_config()
+  plain, lambdas = (learning_curves.SYSTEMS[name][0]() for name in ("ResNet", "LambdaResNet"))
   assert set(plain.model.lambda_blocks) == {"none"}
   with plain.ignore_type():
     plain.model.lambda_blocks = lambdas.model.lambda_blocks
