@@ -247,7 +247,7 @@ def test_incomplete_id2label_warns_and_keeps_names(tmp_path, caplog):
   with caplog.at_level("WARNING"):
     names = load_pretrained(folder).class_names
   assert names == ("N/A", "cat", "2", "dog", *map(str, range(4, 11)))
-  assert "id2label lacks 8 of 11 classes (2, 4, 5, 6, 7, ...)" in caplog.text
+  assert "8 of 11 classes" in caplog.text
 
 
 def test_missing_config_or_key_raises(tmp_path):

@@ -37,8 +37,8 @@ def test_contiguous_classes_become_coco_ids(tmp_path):
 @pytest.mark.parametrize(
   ("fields", "form", "message"),
   [
-    (SMALL, "pth", "the official code has no detector with neck='fpn'"),
-    ({**SMALL, "neck": "fpt"}, "pth-fpt", "no FPT other than variant='official'"),
+    (SMALL, "pth", "neck='fpn'"),
+    ({**SMALL, "neck": "fpt"}, "pth-fpt", "variant='official'"),
   ],
 )
 def test_export_of_unsupported_model_raises(fields, form, message, tmp_path):
