@@ -140,7 +140,6 @@ class Forecast:
     return [self(shuffled_index(i, count, seed), numbers.at(i)) for i in positions]
 
   def evaluation(self) -> list[Shape]:
-    """Returns the sizes of all examples in an evaluation."""
     numbers = RandomNumbers(0)
     return [self(index, numbers.at(index)) for index in range(len(self.sizes))]
 

@@ -135,7 +135,6 @@ class CocoSource(base.Source):
     return example
 
   def _files(self, index: int) -> list[str]:
-    """Returns the paths of an image and of its segment image, if there is one."""
     image = self._images[index]
     files = [os.path.join(self._folder, image["file_name"])]
     if self._segments is not None:

@@ -142,7 +142,6 @@ class _Check:
     self._outlines = self._boxes = self._corners = self._outside = self._crowds = 0
 
   def each(self, items: Iterable[Any], add: Callable[[Any], None]) -> None:
-    """Adds items, and collects those that are refused."""
     for item in items:
       try:
         add(item)

@@ -114,7 +114,6 @@ def _check_pattern(layout: Layout) -> None:
 
 
 def _find_in_folders(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str]]]:
-  """Returns the image and the label map of each example by split, from split folders."""
   pattern = re.escape(layout.images).replace(r"\{split\}", r"(?P<split>[^/]+)", 1)
   pattern = pattern.replace(r"\{split\}", r"(?P=split)").replace(r"\{name\}", r"(?P<name>.+)", 1)
   pattern = pattern.replace(r"\{name\}", r"(?P=name)").replace(r"\.\*", r"\.\w+")
@@ -128,7 +127,6 @@ def _find_in_folders(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple
 
 
 def _find_by_lists(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str]]]:
-  """Returns the image and the label map of each example by split, from a text file per split."""
   lists = str(layout.lists)
   pattern = re.escape(lists).replace(r"\{split\}", "(.+)")
   images = {str(pathlib.PurePath(f).with_suffix("")): f for f in _images_below(root, layout.images)}

@@ -77,9 +77,7 @@ class LoadObjects(TargetTransform):
 
   as_annotated: bool = False  # keep crowds and boxes as annotated, for scoring
   masks: bool = False  # add `masks` bool [n h w], from outlines or segments
-  # Add `segment_map` int32 [h w], the index of the object at each pixel of the original image, or
-  # `VOID`. From segments.
-  segment_map: bool = False
+  segment_map: bool = False  # add `segment_map` int32 [h w]: each original pixel's object or `VOID`
   # Add `run_lengths` uint8 of this length: the masks of the original image as COCO's compressed run
   # lengths, one object a line, padded with zeros. For scoring masks.
   run_lengths: int | None = None

@@ -46,7 +46,7 @@ class GlobalConvolution(nn.Module):
 
 
 class UnscathedPyramid(nn.Module):
-  """Unscathed feature pyramid: maps of one size and different receptive fields."""
+  """Unscathed feature pyramid: maps of one size, smallest receptive field first."""
 
   width: int = 256  # channels of each level
   kernel_sizes: Sequence[int] = (1, 7, 15, 31)  # from the finest to the coarsest level
@@ -57,7 +57,6 @@ class UnscathedPyramid(nn.Module):
   def __call__(
     self, x: Float[Array, "b h w c"], *, train: bool
   ) -> tuple[Float[Array, "b h w d"], ...]:
-    """Returns the levels, smallest receptive field first."""
     make_norm = norm_factory(self.norm, dtype=self.dtype)
     levels = []
     for index, size in enumerate(self.kernel_sizes):

@@ -154,7 +154,6 @@ class LambdaResNet(ResNet):
   def draw_explanation(
     self, images: np.ndarray, captions: Sequence[str], explanation: Mapping[str, Any]
   ) -> tuple[dict[str, Figure], dict[str, Figure]]:
-    """Draws the lambdas of the first image, if there are any; and the filters."""
     del captions
     first = {name: norms[0] for name, norms in explanation["lambdas"].items()}
     drawn = {"lambdas": draw_lambdas(images[0], first)} if first else {}

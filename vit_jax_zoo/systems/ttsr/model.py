@@ -45,9 +45,7 @@ class TTSR(nn.Module):
   width: int = 64  # channels of the maps
   depths: tuple[int, int, int, int] = (16, 16, 8, 4)  # residual blocks before and in the stages
   texture_widths: tuple[int, int, int] = (64, 128, 256)  # of the extractor's levels: VGG-19's
-  # Of the computation. Parameters, the output and the searched features are float32: in bfloat16
-  # other patches would match.
-  dtype: Dtype = "float32"
+  dtype: Dtype = "float32"  # of the computation; parameters, search and output are float32
   scan_layers: bool = True  # of residual blocks
   block_size: tuple[int, int] = BLOCK_SIZE  # see `search.find_matches`
 
