@@ -37,7 +37,7 @@ def complete(
   if not model.shifts:
     raise ValueError("causal, sos_token: False; expected a causal model with a start token")
   variables = {key: variables[key] for key in ("params", "palette") if key in variables}
-  # Unknown tokens are 0: an index out of range would be embedded as NaN, also with weight zero.
+  # 0 after the prefix: an index out of range would be embedded as NaN, and NaN times 0 is NaN.
   positions = jnp.arange(tokens.shape[1], dtype=lengths.dtype)
   given = jnp.where(positions[None] < lengths[:, None], tokens, 0)
   _, state = model.apply(variables, given, method="from_tokens", mutable=["cache"])
