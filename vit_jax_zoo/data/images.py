@@ -85,10 +85,7 @@ def bounded_size(height: int, width: int) -> tuple[int, int]:
   CorruptExampleError above `MAX_PIXELS`, such as a line of pixels whose shorter side is enlarged.
   """
   if height * width > MAX_PIXELS:
-    size = f"{height}x{width} (height x width)"
-    raise CorruptExampleError(
-      f"its aspect ratio resizes it to {size}; expected {MAX_PIXELS} pixels"
-    )
+    raise CorruptExampleError(f"resized to {height}x{width}; expected at most {MAX_PIXELS} pixels")
   return max(1, height), max(1, width)
 
 

@@ -252,9 +252,7 @@ def _check_inner_folders(root: pathlib.Path, files: Sequence[tuple[str, str]]) -
   for top, names in ((top, tuple(sorted(names))) for top, names in sorted(inside.items())):
     if len(names) > 1 and (first.setdefault(names, top) != top or all(map(_split_of, names))):
       wrong = f"{root}: {first[names]}/ and {top}/ have the folders {', '.join(names[:_LISTED])}"
-      raise ValueError(
-        f"{wrong} inside; expected <class>/<image> or train|val|test/<class>/<image>"
-      )
+      raise ValueError(f"{wrong}; expected <class>/<image> or train|val|test/<class>/<image>")
 
 
 def _scan(root: pathlib.Path) -> list[tuple[str, str]]:

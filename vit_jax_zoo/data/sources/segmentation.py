@@ -100,9 +100,7 @@ def _find_layout(root: pathlib.Path) -> Layout:
     if all((root / folder).is_dir() for folder in folders):
       return layout
   known = " or ".join(sorted({layout.images for layout in LAYOUTS}))
-  raise ValueError(
-    f"{root}: unknown layout; expected {known}, or set the options images and labels"
-  )
+  raise ValueError(f"{root}: unknown layout; expected {known}, or the options images and labels")
 
 
 def _check_pattern(layout: Layout) -> None:

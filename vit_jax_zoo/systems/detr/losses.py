@@ -119,10 +119,7 @@ def dense_auxiliary_loss(
   `dense_boxes_cxcywh` [b i j 4]; `weights` are of the class, the L1 and the generalised IoU loss.
   """
   if "dense_logits" not in outputs:
-    raise ValueError(
-      "dense_weight: the model has no predictions for the encoder's tokens; set "
-      "model.dense_predictions=True, or dense_weight=0"
-    )
+    raise ValueError("dense_weight: needs model.dense_predictions=True; set it, or dense_weight=0")
   rows, height, width, classes = outputs["dense_logits"].shape
   logits = outputs["dense_logits"].reshape(rows, -1, classes).astype(jnp.float32)
   boxes = outputs["dense_boxes_cxcywh"].reshape(rows, -1, 4)

@@ -167,11 +167,8 @@ class Detr(nn.Module):
     by_row = self.param("row_embedding", nn.initializers.uniform(1.0), shape, jnp.float32)
     by_column = self.param("column_embedding", nn.initializers.uniform(1.0), shape, jnp.float32)
     if max(rows, columns) > MAX_LEARNED_POSITIONS:
-      raise ValueError(
-        f"position_embedding='learned': the feature map has {rows} x {columns} positions; expected "
-        f"at most {MAX_LEARNED_POSITIONS} x {MAX_LEARNED_POSITIONS}. Use smaller images or "
-        "position_embedding='sine'"
-      )
+      wrong = f"position_embedding='learned': a feature map of {rows} x {columns}"
+      raise ValueError(f"{wrong}; expected sides up to {shape[0]}. Use smaller images, or 'sine'")
     tables = by_column[None, :columns], by_row[:rows, None]  # columns first, as in the weights
     grid = [jnp.broadcast_to(table, (*keep.shape, half)) for table in tables]
     return jnp.concatenate(grid, axis=-1).astype(self.dtype)
@@ -410,10 +407,8 @@ class MaskHead(nn.Module):
   def _norm(self, index: int, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
     groups = min(8, x.shape[-1])  # as transformers; the official code always has 8
     if x.shape[-1] % groups:
-      raise ValueError(
-        f"width: {self.width} gives layer {index} of the mask head {x.shape[-1]} channels in "
-        f"{groups} groups; expected a multiple of 64, with num_heads=8"
-      )
+      wrong = f"width: {self.width}, {x.shape[-1]} channels in layer {index} of the mask head"
+      raise ValueError(f"{wrong}; expected a multiple of 64, with num_heads=8")
     norm = nn.GroupNorm(groups, epsilon=1e-5, dtype=self.dtype, name=f"norm{index}")
     return nn.relu(norm(x))
 

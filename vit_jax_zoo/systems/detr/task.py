@@ -219,10 +219,8 @@ class Detection(base.Task):
   def _logits(self, outputs: Mapping[str, Any]) -> Float[Array, "b q k"]:
     logits = outputs["logits"]
     if logits.shape[-1] != self.num_classes + 1:
-      raise ValueError(
-        f"num_classes: the model has {logits.shape[-1] - 1}, the task {self.num_classes}; set both "
-        "to the highest class id + 1"
-      )
+      wrong = f"num_classes: {logits.shape[-1] - 1} in the model, {self.num_classes} in the task"
+      raise ValueError(f"{wrong}; expected the highest class id + 1 in both")
     return logits.astype(jnp.float32)
 
   def _set_losses(
@@ -258,10 +256,8 @@ class Detection(base.Task):
     self, outputs: Mapping[str, Any], batch: base.Batch, matching: Matching, boxes: Array
   ) -> dict[str, Array]:
     if "masks" not in batch:
-      raise ValueError(
-        "masks: missing in the batch; a model with a mask head needs them. Set masks=True in the "
-        "transform load_objects, or model.mask_head=False"
-      )
+      fix = "Set masks=True in load_objects, or model.mask_head=False"
+      raise ValueError(f"masks: missing in the batch; expected them for the mask head. {fix}")
     masks = jnp.asarray(batch["masks"]).astype(bool)
     focal, dice = losses.mask_losses(outputs["mask_logits"], masks, matching.query_of_target)
     return {"mask_loss": jnp.sum(focal) / boxes, "dice_loss": jnp.sum(dice) / boxes}

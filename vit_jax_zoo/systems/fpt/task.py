@@ -53,9 +53,7 @@ class SemanticSegmentation(base.Task):
     check_not_negative(self, "auxiliary_weight")
     given, names, most = self.class_weights, len(self.class_names), self.num_classes
     if given and len(given) != self.num_classes:
-      raise ValueError(
-        f"class_weights: {len(given)} numbers; expected one for each of {self.num_classes} classes"
-      )
+      raise ValueError(f"class_weights: {len(given)} numbers; expected num_classes={most}")
     if any(weight < 0 for weight in given) or not any(given or (1,)):
       raise ValueError(f"class_weights: {given}; expected no negative number, and not only zeros")
     if names > most:
@@ -162,10 +160,8 @@ class SemanticSegmentation(base.Task):
   def _upsample(self, logits: Float[Array, "b i j k"], batch: base.Batch) -> Array:
     # Resizing to the image's size would distort maps whose sides were rounded up.
     if logits.shape[-1] != self.num_classes:
-      raise ValueError(
-        f"num_classes: {logits.shape[-1]} in the model and {self.num_classes} in the task; "
-        "expected the same"
-      )
+      wrong = f"num_classes: {logits.shape[-1]} in the model, {self.num_classes} in the task"
+      raise ValueError(f"{wrong}; expected the same in both")
     height, width = batch["image"].shape[1:3]
     rows, columns = logits.shape[1:3]
     stride = 1 << (max(-(-height // rows), -(-width // columns)) - 1).bit_length()

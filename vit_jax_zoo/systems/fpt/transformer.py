@@ -328,10 +328,8 @@ class FeaturePyramidTransformer(nn.Module):
       raise ValueError("pyramid: no levels; expected at least one")
     for level, x in enumerate(pyramid):
       if not self.lateral and x.shape[-1] != self.width:
-        raise ValueError(
-          f"level {level} has {x.shape[-1]} channels; expected width={self.width} without lateral "
-          "convolutions"
-        )
+        wrong = f"level {level} has {x.shape[-1]} channels"
+        raise ValueError(f"{wrong}; expected width={self.width} with lateral=False")
 
 
 def side_ratio(fine: tuple[int, int], coarse: tuple[int, int]) -> int:
@@ -339,10 +337,8 @@ def side_ratio(fine: tuple[int, int], coarse: tuple[int, int]) -> int:
   for ratio in (2**i for i in range(max(fine).bit_length())):
     if (-(-fine[0] // ratio), -(-fine[1] // ratio)) == coarse:
       return ratio
-  raise ValueError(
-    f"a map of {fine[0]}x{fine[1]} does not halve to {coarse[0]}x{coarse[1]} (sides rounded up); "
-    "expected levels whose sides are halves of each other"
-  )
+  wrong = f"pyramid: {fine[0]}x{fine[1]} does not halve to {coarse[0]}x{coarse[1]}"
+  raise ValueError(f"{wrong}; expected levels of half the sides, rounded up")
 
 
 def _pointwise(features: int, dtype: Dtype, **fields: Any) -> nn.Dense:

@@ -302,10 +302,8 @@ class InstanceDetection(base.Task):
   ) -> dict[str, Array]:
     """Returns the second stage's losses, times this micro-batch's fraction of the images."""
     if logits.shape[-1] != self.num_classes + 1:
-      raise ValueError(
-        f"num_classes: {logits.shape[-1] - 1} in the model and {self.num_classes} in the task; "
-        "expected the highest class id + 1 in both"
-      )
+      wrong = f"num_classes: {logits.shape[-1] - 1} in the model, {self.num_classes} in the task"
+      raise ValueError(f"{wrong}; expected the highest class id + 1 in both")
     boxes = jax.vmap(take_rows)(targets.boxes_xyxy, rois.target)
     expected = encode_boxes(boxes, rois.boxes_xyxy, self.bbox_reg_weights)
     distance = smooth_l1(select_class(deltas, rois.labels) - expected, self.box_smooth_l1_beta)
@@ -319,10 +317,8 @@ class InstanceDetection(base.Task):
     self, logits: Float[Array, "b r m m k"], rois: Rois, batch: base.Batch
   ) -> Float[Array, ""]:
     if "masks" not in batch:
-      raise ValueError(
-        "masks: missing in the batch, but the model has a mask head; set masks=True of "
-        "load_objects, or use a model without mask head"
-      )
+      fix = "Set masks=True in load_objects, or model.mask_head=None"
+      raise ValueError(f"masks: missing in the batch; expected them for the mask head. {fix}")
     masks = jnp.asarray(batch["masks"]).astype(bool)
     if not masks.shape[1]:
       return jnp.zeros(())

@@ -285,10 +285,8 @@ def _check_sizes(*images: Array | np.ndarray) -> None:
   low_res, upsampled, ref, blurred = ("x".join(map(str, size)) for size in sizes)
   expected = "x".join(str(SCALE * side) for side in sizes[0])
   if upsampled != expected:
-    raise ValueError(
-      f"upsampled_image: its size is {upsampled}; expected {expected} for a low_res_image of "
-      f"{low_res}"
-    )
+    wrong = f"upsampled_image: its size is {upsampled}"
+    raise ValueError(f"{wrong}; expected {expected} for a low_res_image of {low_res}")
   if any(side % SCALE or not side for side in sizes[2]):
     raise ValueError(f"ref_image: its size is {ref}; expected multiples of {SCALE}")
   if blurred != ref:

@@ -84,10 +84,8 @@ def transfer(
   Sums are divided by nine at the border as well, as in the official code.
   """
   if reference.shape[2] != grid_width * scale:
-    raise ValueError(
-      f"reference: its width is {reference.shape[2]}; expected {grid_width * scale}, {scale} times "
-      f"grid_width={grid_width}"
-    )
+    wrong = f"reference: its width is {reference.shape[2]}"
+    raise ValueError(f"{wrong}; expected {scale} times grid_width={grid_width}")
   batch, height, width = index.shape
   rows, columns = jnp.divmod(index, grid_width)
   rows, columns = _pad(rows, _OUTSIDE), _pad(columns, _OUTSIDE)
