@@ -24,6 +24,7 @@ DEMOS = {
   "detr:demo_panoptic": (*_DETECTOR, "--config.init_from=None"),
   "ttsr:demo": (),
   "fpt:demo": (),
+  "fpt:demo_mask": (),
   "fpt:demo_segmentation": (),
 }
 FLAGS = {"JAX_ENABLE_X64": "1", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_DEBUG_NANS": "1"}

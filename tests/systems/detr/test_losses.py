@@ -70,6 +70,12 @@ def test_dense_loss_of_perfect_predictions_is_zero():
   assert dense_loss(batch, outputs).compute() == pytest.approx(0, abs=1e-6)
 
 
+def test_losses_are_float32_under_x64_and_strict_promotion():
+  batch, outputs = perfect_example()
+  with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+    assert dense_loss(batch, outputs).compute().dtype == jnp.float32
+
+
 def test_dense_loss_weights_equal_query_loss_weights():
   batch, outputs = perfect_example()
   outputs["dense_boxes_cxcywh"][0, 0, 0, 0] = 0.35  # IoU .15 / .35; the enclosing box adds nothing

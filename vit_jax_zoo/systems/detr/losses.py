@@ -52,7 +52,7 @@ def class_losses(
   matched = target_of_query >= 0
   label = jnp.where(matched, take_targets(labels, target_of_query), logits.shape[-1] - 1)
   log_p = jax.nn.log_softmax(logits, axis=-1)
-  weights = jnp.where(matched, 1.0, no_object_weight)
+  weights = jnp.where(matched, 1.0, no_object_weight).astype(log_p.dtype)
   return -weights * jnp.take_along_axis(log_p, label[..., None], axis=-1)[..., 0], weights
 
 
