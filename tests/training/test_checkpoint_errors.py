@@ -237,3 +237,19 @@ def test_files_removed_during_save_keep_the_previous_checkpoint(tmp_path, monkey
     checkpointer.save(2, STATE)
   assert find_checkpoint(tmp_path).name == "2"
   np.testing.assert_array_equal(restore_variables(tmp_path)["params"]["x"], STATE["params"]["x"])
+
+
+@pytest.mark.parametrize("message", ["NOT_FOUND: Error reading", "Save failed: 1/2 params are"])
+def test_errors_of_missing_files_continue_the_run(tmp_path, monkeypatch, caplog, message):
+  def fail(_):
+    raise ValueError(message)
+
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, STATE)
+    checkpointer.wait()
+    with monkeypatch.context() as patch:
+      patch.setattr("orbax.checkpoint.CheckpointManager.wait_until_finished", fail)
+      checkpointer.wait()
+    assert "checkpoints/1: removed" in caplog.text
+    checkpointer.save(2, STATE)
+  assert find_checkpoint(tmp_path).name == "2"

@@ -39,6 +39,7 @@ MANIFEST = "files.json"
 _UNCHECKED = (MANIFEST, "_CHECKPOINT_METADATA")  # Orbax adds the time of the commit to the second
 
 _BLOCK = 1 << 26  # bytes
+_MISSING = ("NOT_FOUND", "Save failed")  # ValueErrors of TensorStore and Orbax: files are gone
 
 
 class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
@@ -174,7 +175,7 @@ class _Folder:
       saved = self.manager.all_steps() if self._writable and jax.process_count() == 1 else ()
       removed = set(saved) - set(steps(self._directory))
     except Exception as error:
-      missing = isinstance(error, FileNotFoundError) or str(error).startswith("NOT_FOUND")
+      missing = isinstance(error, FileNotFoundError) or str(error).startswith(_MISSING)
       if jax.process_count() > 1 or (any(self._directory.glob("*")) and not missing):
         raise
       removed = {self._step}
