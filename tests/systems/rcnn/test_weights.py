@@ -209,9 +209,9 @@ def check_unsupported(fields, form, message, tmp_path):
   assert "\n" not in str(caught.value)
 
 
-def test_detectron_classes_become_coco_ids_and_back():
+def test_detectron_classes_become_coco_ids_and_back(caplog):
   arrays = {"c.weight": np.arange(81.0)[:, None], "c.bias": np.arange(81.0)}
-  wide, is_coco = rcnn_classes.with_ids(arrays, {"c": 1})
+  wide, is_coco = rcnn_classes.with_ids(arrays, {"c": 1}, "a.pth")
   assert is_coco
   # Rows are 1 + id: person has id 1; stop sign, the twelfth class, has id 13.
   assert (wide["c.bias"][[0, 2, 14, 91]] == [0, 1, 12, 80]).all()
@@ -219,4 +219,6 @@ def test_detectron_classes_become_coco_ids_and_back():
   again = rcnn_classes.without_ids(wide, {"c": 1}, rcnn_classes.NAMES, 81)
   np.testing.assert_array_equal(again["c.weight"], arrays["c.weight"])
   few = {"c.weight": np.zeros((4, 1)), "c.bias": np.zeros(4)}
-  assert not rcnn_classes.with_ids(few, {"c": 1})[1]
+  with caplog.at_level("INFO"):
+    assert not rcnn_classes.with_ids(few, {"c": 1}, "b.pth")[1]
+  assert "b.pth: 4 outputs" in caplog.text  # the numbering is logged

@@ -91,7 +91,7 @@ def _box_head(published: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], int]
 
 def read_checkpoint(published: Published) -> Checkpoint:
   """Reads a state dict of the official code."""
-  arrays, is_coco = detectron.with_ids(published.arrays, _OUTPUTS)
+  arrays, is_coco = detectron.with_ids(published.arrays, _OUTPUTS, published.path)
   fields = infer_fields(arrays, published.path)
   return Checkpoint(
     source=published.path,

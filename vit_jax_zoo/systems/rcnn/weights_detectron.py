@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from absl import logging
 
 from vit_jax_zoo.data.sources.coco import THINGS, names_by_id
 from vit_jax_zoo.weights import backbones as resnet
@@ -222,16 +223,22 @@ _LAYOUTS = {len(IDS) + 1: IDS, NUM_CLASSES: list(range(1, NUM_CLASSES))}
 """Outputs -> class ids after the background: Detectron's without, torchvision's with gaps."""
 
 
-def with_ids(arrays: Mapping[str, Array], layers: Mapping[str, int]) -> tuple[Flat, bool]:
+def with_ids(
+  arrays: Mapping[str, Array], layers: Mapping[str, int], source: str
+) -> tuple[Flat, bool]:
   """Reorders a COCO detector's outputs by class id, background first; returns whether it is COCO's.
 
   A state dict with 81 or 91 outputs is taken as COCO's; others stay as they are. `layers` has the
   outputs per class of layers (without ".weight" and ".bias"), the class logits first.
   """
   logits = f"{next(iter(layers))}.bias"
-  ids = _LAYOUTS.get(len(arrays[logits]))
+  count = len(arrays[logits])
+  ids = _LAYOUTS.get(count)
   if ids is None:
+    text = "%s: %d outputs; the file's class 1, after the background, is class 0 here"
+    logging.info(text, source, count)
     return dict(arrays), False
+  logging.info("%s: %d outputs, assumed to be COCO's; classes are COCO's ids", source, count)
   places = [0, *(number + 1 for number in ids)]
 
   def spread(key: str, own: Array) -> Array:

@@ -88,7 +88,7 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
 
 def read_checkpoint(published: Published) -> Checkpoint:
   """Reads a state dict of torchvision."""
-  arrays, is_coco = detectron.with_ids(published.arrays, _OUTPUTS)
+  arrays, is_coco = detectron.with_ids(published.arrays, _OUTPUTS, published.path)
   fields = infer_fields(arrays, published.path)
   names = {"class_names": detectron.NAMES} if is_coco else {}
   return Checkpoint(
