@@ -74,14 +74,14 @@ class Checkpoint:
     return dataclasses.replace(self, **fields)
 
   def choose_size(
-    self, model: Any, wanted: Size | None, trained: Size | None
+    self, model: Any, requested: Size | None, trained: Size | None
   ) -> tuple[Size, "Checkpoint"]:
     """Returns the image size to make variables for, and the checkpoint with its `image_size`.
 
-    The user requested `wanted`, and stated the training size `trained`.
+    `requested` and `trained` (the training size) are the user's arguments.
     """
     del model
-    size = wanted or trained or self.image_size or self.preprocess.image_size
+    size = requested or trained or self.image_size or self.preprocess.image_size
     return size, self.replace(image_size=trained or self.image_size)
 
   def example_inputs(self, size: Size) -> tuple[Any, ...]:

@@ -81,9 +81,9 @@ def _translate(name: str, source: str, target: str) -> str | None:
 def _pattern(form: str) -> re.Pattern[str]:
   pattern, end = "", 0
   for slot in _SLOT.finditer(form):
-    seen = f"(?P<{slot[1]}>" in pattern
+    is_repeated = f"(?P<{slot[1]}>" in pattern
     pattern += re.escape(form[end : slot.start()])
-    pattern += f"(?P={slot[1]})" if seen else f"(?P<{slot[1]}>\\d+)"
+    pattern += f"(?P={slot[1]})" if is_repeated else f"(?P<{slot[1]}>\\d+)"
     end = slot.end()
   return re.compile(pattern + re.escape(form[end:]))
 

@@ -69,8 +69,8 @@ def load_pretrained(
   kind = model_classes()[checkpoint.family]
   check_names(f"field of {kind.__name__}", overrides, field_names(kind))
   model = kind(**{**checkpoint.fields, **overrides})
-  wanted, trained = _height_width(image_size), _height_width(source_image_size)
-  size, checkpoint = checkpoint.choose_size(model, wanted, trained)
+  requested, trained = _height_width(image_size), _height_width(source_image_size)
+  size, checkpoint = checkpoint.choose_size(model, requested, trained)
   fields = {**checkpoint.fields, **overrides}  # some fields depend on the image size
   model = kind(**fields)
   inputs = checkpoint.example_inputs(size)
@@ -78,9 +78,13 @@ def load_pretrained(
   checkpoint = checkpoint.at_size(flatten_variables(abstract), model, size, method=resize)
   abstract = {k: v for k, v in abstract.items() if k not in _left_alone(checkpoint, abstract)}
   task_fields = dict(checkpoint.task_fields)
-  names = task_fields.get("class_names")
-  if names and len(names) != fields.get("num_classes", len(names)):
+  names, count = task_fields.get("class_names"), fields.get("num_classes")
+  if names and count != checkpoint.fields.get("num_classes"):  # those of another head
     del task_fields["class_names"]
+  elif names and count and count != len(names):
+    text = "%s: %d class names, expected %d; missing ones are the ids"
+    logging.warning(text, checkpoint.source, len(names), count)
+    task_fields["class_names"] = (*names[:count], *map(str, range(len(names), count)))
   return Pretrained(
     model,
     _fit(checkpoint, abstract),
@@ -143,13 +147,13 @@ def _fit_heads(
     if checkpoint.has(prefix) and not any(key.startswith(prefix) for key in target):
       checkpoint, was_trained_on_another = checkpoint.without(prefix), True
   for prefix in checkpoint.heads:
-    wanted = {key: leaf for key, leaf in target.items() if key.startswith(prefix)}
-    if wanted and checkpoint.has(prefix) and not was_trained_on_another:
-      if all(_outputs(checkpoint, key, leaf) == leaf.shape[-1] for key, leaf in wanted.items()):
+    head = {key: leaf for key, leaf in target.items() if key.startswith(prefix)}
+    if head and checkpoint.has(prefix) and not was_trained_on_another:
+      if all(_outputs(checkpoint, key, leaf) == leaf.shape[-1] for key, leaf in head.items()):
         continue
       logging.info("%s: not loaded, newly initialised: %s", checkpoint.source, prefix.rstrip("/"))
     checkpoint = checkpoint.without(prefix)
-    kept |= {key: _fresh(leaf) for key, leaf in wanted.items()}
+    kept |= {key: _fresh(leaf) for key, leaf in head.items()}
   return checkpoint, kept
 
 

@@ -57,10 +57,10 @@ def _load(torch: Any, file: str, path: str) -> Any:
       return torch.load(file, map_location="cpu", weights_only=True)
   except pickle.UnpicklingError as error:
     # Only the message names the code in files of PyTorch's legacy format, before version 1.6.
-    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if wanted:
+    code = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if code:
       raise WeightsError(
-        f"{path} is a pickle with code in it: it requests {wanted[1]}, which is no tensor; "
+        f"{path} is a pickle with code in it: it requests {code[1]}, which is no tensor; "
         "nothing was executed"
       ) from None
     raise WeightsError(f"{path} cannot be read: it is truncated, or no PyTorch file") from None

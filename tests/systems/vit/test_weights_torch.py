@@ -274,6 +274,24 @@ def test_image_size_resolves_ambiguous_position_table(tmp_path):
   assert not load_pretrained(path).model.cls_token_position
 
 
+def test_load_into_resolves_ambiguous_position_table(tmp_path):
+  _, variables = tiny_variables(size=(24, 40), depth=1)  # 16 rows: 3 x 5 and the class token's
+  path = str(tmp_path / "x.safetensors")
+  write_timm(path, flat(variables))
+  loaded = load_into(path, variables, position_grid=(3, 5))
+  jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+
+
+def test_incomplete_class_names_are_completed(tmp_path, caplog):
+  _, variables = tiny_variables(depth=1)
+  write_timm(str(tmp_path / "model.safetensors"), flat(variables))
+  (tmp_path / "config.json").write_text(json.dumps({"label_names": ["ant", "bee"]}))
+  with caplog.at_level("WARNING"):
+    assert load_pretrained(str(tmp_path)).class_names == ("ant", "bee", "2")
+  assert "2 class names, expected 3" in caplog.text
+  assert load_pretrained(str(tmp_path), num_classes=2).class_names == ()
+
+
 def test_bfloat16_file_is_read_as_float32(tmp_path):
   arrays = {
     key: array.astype(jnp.bfloat16) for key, array in load_file(timm_file("vit_timm_a")).items()

@@ -32,16 +32,16 @@ class VitCheckpoint(Checkpoint):
   cls_row_is_stated: bool = True
 
   def choose_size(
-    self, model: Any, wanted: Size | None, trained: Size | None
+    self, model: Any, requested: Size | None, trained: Size | None
   ) -> tuple[Size, "VitCheckpoint"]:
     """Derives the size from the position table if it is not stated."""
     trained, stride, checkpoint = trained or self.image_size, model.token_stride, self
-    given, fallback = (size and model.token_grid(size) for size in (trained, wanted))
+    given, fallback = (size and model.token_grid(size) for size in (trained, requested))
     if self._table is not None:
       checkpoint = self._with_class_row_of(given or (None if self.cls_row_is_stated else fallback))
       height, width = checkpoint._grid(given, fallback)
       trained = (height * stride, width * stride)
-    size = wanted or trained or self.preprocess.image_size
+    size = requested or trained or self.preprocess.image_size
     return size, checkpoint.replace(image_size=trained)
 
   def at_size(
@@ -67,7 +67,8 @@ class VitCheckpoint(Checkpoint):
         wrong = f"the model has positions for {rows} tokens, which is no square grid"
         raise WeightsError(f"{wrong}; give position_grid")
       grid = found[1]
-    return self._fit_positions(rows, self._grid(None, grid), grid, method)
+    checkpoint = self if self.cls_row_is_stated else self._with_class_row_of(grid)
+    return checkpoint._fit_positions(rows, checkpoint._grid(None, grid), grid, method)
 
   @property
   def _table(self) -> np.ndarray | None:
@@ -109,10 +110,10 @@ class VitCheckpoint(Checkpoint):
     fitted, count = dict(self.arrays), self._class_rows
     cls_row, table = np.split(fitted[key][0], [count])
     table = resize_position_grid(table, old, new, method or self.resize)
-    wanted = rows - len(table)
-    if count and not wanted:
+    class_rows = rows - len(table)
+    if count and not class_rows:
       fitted[cls_key] = fitted[cls_key] + cls_row
-    elif wanted:
+    elif class_rows:
       table = np.concatenate([cls_row if count else np.zeros_like(table[:1]), table])
     fitted[key] = table[None]
     return self.replace(arrays=fitted)
