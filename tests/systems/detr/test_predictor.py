@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -67,6 +68,31 @@ def test_run_predicts_image_of_any_size(detr_run):
   nothing = create_predictor(trained, Options(threshold=1.0))(random_image())
   assert nothing.record["detections"] == []
   assert set(nothing.pictures) == {""}
+
+
+def test_images_of_many_sizes_share_programs():
+  trained = load(official_file("detr_a"))
+  trained = dataclasses.replace(trained, prepare=lambda image: {"image": image.astype(np.float32)})
+  predict_batch, compiled = trained.task.padding_invariant().predict, []
+
+  def count(variables, batch):
+    compiled.append(batch["image"].shape)  # while tracing
+    return predict_batch(variables, batch)
+
+  predictor = create_predictor(trained, Options(threshold=0.0))
+  predictor._predict = jax.jit(count)
+  unpadded = create_predictor(trained, Options(threshold=0.0))
+  unpadded._padded_side = lambda side: side
+  for height, width in ((97, 120), (100, 128), (128, 97)):
+    image = random_image(height, width)
+    padded = predictor(image).record["detections"]
+    if (height, width) == (97, 120):
+      alone = unpadded(image).record["detections"]
+      for field in ("bbox", "score"):
+        np.testing.assert_allclose(
+          [one[field] for one in padded], [one[field] for one in alone], rtol=1e-4, atol=1e-3
+        )
+  assert compiled == [(1, 128, 128, 3)]
 
 
 def test_published_panoptic_model_predicts_segments(tmp_path):

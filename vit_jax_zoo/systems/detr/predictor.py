@@ -1,6 +1,7 @@
 """Detection of objects in a user's image; panoptic segments with a mask head."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -11,6 +12,7 @@ from vit_jax_zoo.errors import name_of
 from vit_jax_zoo.figures import detection as draw
 from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
 from vit_jax_zoo.inference.coco_json import box_annotation
+from vit_jax_zoo.inference.image_sizes import jit_by_image_size, padded_batch
 from vit_jax_zoo.metrics.mask_ap import encode_masks, original_masks
 from vit_jax_zoo.systems.detr.figures import draw_query_attention, paint_segments
 from vit_jax_zoo.systems.detr.panoptic import Segmentation, found_segments
@@ -30,9 +32,11 @@ class DetectionPredictor:
       raise ValueError(f"--threshold: {options.threshold} is given; expected a value in [0, 1]")
     self._trained, self._options = trained, options
     task: Any = trained.task
+    if not task.model.mask_head:  # its group norms would include the padding
+      task = task.padding_invariant()
     self._task = dataclasses.replace(task, draw_attention=options.explain)
     self._stuff_from = task.num_classes if task.stuff_from is None else task.stuff_from
-    self._predict = jax.jit(self._task.predict)
+    self._predict = jit_by_image_size(self._task.predict)
 
   def __call__(self, image: Image) -> Prediction:
     """Returns `detections`, by falling score, in the format of COCO's result files.
@@ -41,8 +45,7 @@ class DetectionPredictor:
     panoptic files. Pictures: "" with boxes; "attention" with `explain`; "segments" with coloured
     segments, and "panoptic" with their ids as colours (red + 256 green + 65536 blue).
     """
-    example, keys = self._trained.prepare(image), {"image", "image_size"}
-    batch = {key: np.asarray(example[key])[None] for key in keys & example.keys()}
+    batch = padded_batch(self._trained.prepare(image), self._padded_side)
     batch["original_size"] = np.array([image.shape[:2]], np.int32)
     found = jax.device_get(self._predict(self._trained.variables, batch))
     selected = np.flatnonzero(found["scores"][0] >= self._options.threshold)
@@ -50,7 +53,8 @@ class DetectionPredictor:
     record: dict[str, Any] = {"detections": self._detections(batch, found, selected, image)}
     pictures: dict[str, Picture] = {"": self._draw(image, found, selected)}
     if self._options.explain:
-      shown = {**batch, "image": image[None]}  # at full size: the model's may be tiny
+      shown = {"image": image[None]}  # at full size: the model's may be tiny
+      found["attention"] = _without_padding(found["attention"], batch)
       pictures["attention"] = draw_query_attention(
         shown, found, self._task.class_names, threshold=self._options.threshold
       )
@@ -62,6 +66,14 @@ class DetectionPredictor:
       pictures["segments"] = paint_segments(image, segments.segment_map)
       pictures["panoptic"] = _as_colors(segments.segment_map + 1)
     return Prediction(record, pictures, record["detections"], record.get("segments_info"))
+
+  def _padded_side(self, side: int) -> int:
+    """Rounds up by at most an eighth: a few sizes are compiled, instead of one for each image."""
+    if self._task.model.mask_head:
+      return side
+    stride = (self._task.model.backbone or {}).get("output_stride", 32)
+    step = max(stride, 2 ** side.bit_length() // 16)
+    return -(-side // step) * step
 
   def _detections(
     self, batch: dict[str, Any], found: dict[str, Any], selected: np.ndarray, image: Image
@@ -112,6 +124,13 @@ class DetectionPredictor:
         entry = {**self._category(int(label)), "area": len(rows), "bbox": bbox}
         info.append({"id": index + 1, **entry, "isthing": int(label < self._stuff_from)})
     return info
+
+
+def _without_padding(attention: np.ndarray, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+  """Removes the cells [b q i j] in the padding of the batch's only image."""
+  sides = zip(batch["image_size"][0], attention.shape[2:], batch["image"].shape[1:3], strict=True)
+  rows, columns = (-(-int(side) * cells // padded) for side, cells, padded in sides)
+  return attention[:, :, :rows, :columns]
 
 
 def _inside(boxes_xyxy: np.ndarray, image: Image) -> np.ndarray:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
+from vit_jax_zoo.inference.image_sizes import jit_by_image_size
 from vit_jax_zoo.systems.fpt.figures import color_labels
 
 OPACITY = 0.55  # of the class colors in the overlay
@@ -22,7 +23,7 @@ class SegmentationPredictor:
       raise ValueError("--explain: a model without transformer has no attention maps")
     self._trained, self._explain = trained, options.explain
     self._task: Any = trained.task
-    self._predict = jax.jit(self._task.predict)
+    self._predict = jit_by_image_size(self._task.predict)
 
   def __call__(self, image: Image) -> Prediction:
     """Returns `classes`, largest first, and images in the input's size.

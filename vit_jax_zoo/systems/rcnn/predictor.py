@@ -10,6 +10,7 @@ from vit_jax_zoo.errors import name_of
 from vit_jax_zoo.figures import detection as draw
 from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
 from vit_jax_zoo.inference.coco_json import box_annotation
+from vit_jax_zoo.inference.image_sizes import jit_by_image_size, padded_batch
 from vit_jax_zoo.metrics.mask_ap import encode_masks
 from vit_jax_zoo.ops.mask_paste import paste_masks
 
@@ -27,7 +28,7 @@ class InstancePredictor:
     self._task: Any = trained.task
     if options.explain and not hasattr(getattr(trained.model, "neck_class", None), "explain"):
       raise ValueError("--explain: the model's neck has no attention maps; leave --explain out")
-    self._predict = jax.jit(self._task.predict)
+    self._predict = jit_by_image_size(self._task.predict)
 
   def __call__(self, image: Image) -> Prediction:
     """Returns `objects`, highest score first.
@@ -36,9 +37,9 @@ class InstancePredictor:
     image), and with a mask head `mask`: `size` and `counts`, COCO's compressed run lengths. Images:
     "" boxes, "masks" masks, with `explain` "levels", attention maps.
     """
-    prepared = np.asarray(self._trained.prepare(image)["image"])
-    size = np.array([image.shape[:2]], np.int32)
-    batch = {"image": prepared[None], "original_size": size}
+    prepared, multiple = self._trained.prepare(image), self._task.model.size_multiple
+    batch = padded_batch(prepared, lambda side: -(-side // multiple) * multiple)
+    batch["original_size"] = np.array([image.shape[:2]], np.int32)
     found = jax.tree.map(np.asarray, self._predict(self._trained.variables, batch))
     confident = found["is_object"][0] & (found["scores"][0] >= self._options.threshold)
     names = self._task.class_names
@@ -62,7 +63,10 @@ class InstancePredictor:
     if self._options.explain:
       box = boxes[0] if len(boxes) else np.array([0, 0, image.shape[1], image.shape[0]])
       center = (box[[1, 0]] + box[[3, 2]]) / 2 / image.shape[:2]
-      batch = {"image": prepared[None], "query_position": center[None].astype(np.float32)}
+      batch = {
+        "image": np.asarray(prepared["image"])[None],
+        "query_position": center[None].astype(np.float32),
+      }
       explanation = jax.device_get(jax.jit(self._task.explain)(self._trained.variables, batch))
       pictures["levels"] = self._task.draw_explanation(explanation).images["levels"]
     if "box_masks" in found:

@@ -1,0 +1,27 @@
+"""Programs for images of many sizes."""
+
+import numpy as np
+
+from vit_jax_zoo.inference import image_sizes
+
+
+def test_compiled_sizes_are_bounded(monkeypatch):
+  monkeypatch.setattr(image_sizes, "MAX_PROGRAMS", 3)
+  compiled = []
+
+  def predict(variables, batch):
+    compiled.append(batch["image"].shape[1])  # while tracing
+    return batch["image"].sum() + variables
+
+  run = image_sizes.jit_by_image_size(predict)
+  for side in (1, 2, 3, 1, 2, 4, 2, 1, 4):
+    assert run(1, {"image": np.ones((1, side, 1, 3))}) == 3 * side + 1
+  assert compiled == [1, 2, 3, 4, 1]
+
+
+def test_padded_batch_keeps_the_size_of_the_image():
+  example = {"image": np.ones((5, 8, 3), np.float32)}
+  batch = image_sizes.padded_batch(example, lambda side: -(-side // 4) * 4)
+  assert batch["image"].shape == (1, 8, 8, 3)
+  assert batch["image"].sum() == 5 * 8 * 3
+  assert batch["image_size"].tolist() == [[5, 8]]

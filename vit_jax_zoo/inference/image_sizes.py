@@ -1,0 +1,39 @@
+"""Few compiled programs for images of many sizes."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+MAX_PROGRAMS = 32  # compiled sizes of images that a predictor keeps, about 15 MB each
+
+
+def jit_by_image_size(
+  predict: Callable[[Any, Mapping[str, Any]], Any],
+) -> Callable[[Any, Mapping[str, Any]], Any]:
+  """Returns `jax.jit(predict)` with bounded memory for images of many sizes."""
+  programs: dict[tuple[int, ...], Callable[[Any, Mapping[str, Any]], Any]] = {}
+
+  def run(variables: Any, batch: Mapping[str, Any]) -> Any:
+    shape = batch["image"].shape
+    if shape not in programs and len(programs) == MAX_PROGRAMS:
+      programs.pop(next(iter(programs)))  # the oldest
+    # jax.jit shares programs between equal functions.
+    return programs.setdefault(shape, jax.jit(functools.partial(predict)))(variables, batch)
+
+  return run
+
+
+def padded_batch(
+  example: Mapping[str, Any], round_up: Callable[[int], int]
+) -> dict[str, np.ndarray]:
+  """Returns a batch of one example, its `image` padded with zeros at the right and bottom.
+
+  `round_up` maps a side to the padded one, so that images of many sizes share few programs.
+  """
+  image = np.asarray(example["image"])
+  size = np.asarray(example.get("image_size", image.shape[:2]), np.int32)
+  padding = [(0, round_up(side) - side) for side in image.shape[:2]]
+  return {"image": np.pad(image, (*padding, (0, 0)))[None], "image_size": size[None]}
