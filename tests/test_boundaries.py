@@ -14,7 +14,11 @@ from tests import command
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "vit_jax_zoo"
 
-SYSTEM_NAMES = re.compile(r"(?<![a-z])(vit|igpt|lambda_resnet|detr|ttsr|rcnn|fpt)(?![a-z])", re.I)
+SYSTEM_NAMES = re.compile(
+  r"(?<![a-z])(vit|igpt|lambda_?resnet|detr|ttsr|rcnn|fpt)(?![a-z])|"
+  r"(vit|detr)image|image-?gpt|vision_?transformer",
+  re.I,
+)
 SYSTEM_ATTRIBUTES = re.compile(
   r"patch_side|token_stride|num_positions|num_queries|generator_|critic|discriminator|palette|"
   r"clusters|num_colors|vgg|anchor_|roi_|rpn_|transferal|adversarial|residual_scale|lambda_|"

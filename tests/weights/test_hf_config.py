@@ -1,17 +1,16 @@
 """Hugging Face's JSON files: preprocessing and class names of classifiers."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
 
-from vit_jax_zoo.weights.hf_config import (
-  label_fields,
-  processor_of,
-  read_class_names,
-  read_preprocess,
-)
+from vit_jax_zoo.weights import hf_config
+from vit_jax_zoo.weights.hf_config import label_fields, processor_of, read_class_names
 from vit_jax_zoo.weights.key_map import WeightsError
+
+read_preprocess = functools.partial(hf_config.read_preprocess, kind="ViT")
 
 
 @pytest.mark.parametrize(

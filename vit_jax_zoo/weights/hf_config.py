@@ -93,15 +93,17 @@ _DEIT = {"size": 256, "crop_size": 224, "do_center_crop": True, "resample": 3}
 """Defaults of DeiT's and BEiT's processors."""
 
 
-def read_preprocess(processor: Mapping[str, Any], size: Size) -> Preprocess:
+def read_preprocess(processor: Mapping[str, Any], size: Size, kind: str) -> Preprocess:
   """Returns the preprocessing of an image classifier's `preprocessor_config.json`.
 
-  `processor` is its content, {} for transformers' defaults; `size` the default height and width.
+  `processor` is its content, {} for transformers' defaults; `size` the default height and width;
+  `kind` begins the name of the model's own processor.
   """
-  kind = processor.get("image_processor_type") or processor.get("feature_extractor_type") or "ViT"
-  if not str(kind).startswith(("ViT", "DeiT", "Beit", "CLIP", "Bit", "ImageGPT")):
-    logging.warning("%s: %s is read as a ViTImageProcessor", _PROCESSOR, kind)
-  defaults = _DEIT if str(kind).startswith(("DeiT", "Beit")) else {"size": list(size)}
+  given_kind = processor.get("image_processor_type") or processor.get("feature_extractor_type")
+  given_kind = str(given_kind or kind)
+  if not given_kind.startswith((kind, "DeiT", "Beit", "CLIP", "Bit")):
+    logging.warning("%s: %s is read as %sImageProcessor", _PROCESSOR, given_kind, kind)
+  defaults = _DEIT if given_kind.startswith(("DeiT", "Beit")) else {"size": list(size)}
   # As in transformers, null is no for a step, and an error for a value: the default here.
   stated = {k: v for k, v in processor.items() if v is not None or k.startswith("do_")}
   given: dict[str, Any] = {**defaults, **stated}

@@ -89,7 +89,8 @@ def read_checkpoint(published: Published) -> Checkpoint:
     fields["sos_token"] = False
     del arrays[_SOS]
   checkpoint = checkpoint_of(path, arrays, TABLE, fields, None if fields["use_bias"] else _BIAS)
-  preprocess = hf_config.read_preprocess(published.processor, checkpoint.preprocess.image_size)
+  size = checkpoint.preprocess.image_size
+  preprocess = hf_config.read_preprocess(published.processor, size, "ImageGPT")
   count = fields["num_positions"]
   if math.prod(preprocess.image_size) != count or preprocess.fit != "squash":
     wrong = f"size is {published.processor.get('size')}; expected {count} pixels, n_positions"

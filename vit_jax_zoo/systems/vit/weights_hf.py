@@ -112,7 +112,7 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
     table=(*CLASSIFIER_TABLE, *BASE_TABLE),
     fields=fields,
     resize="bicubic",
-    preprocess=hf_config.read_preprocess(published.processor, size),
+    preprocess=hf_config.read_preprocess(published.processor, size, "ViT"),
     task_fields=hf_config.read_class_names(config, fields.get("num_classes") or 0),
     image_size=size,
   )
