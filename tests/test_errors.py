@@ -46,10 +46,10 @@ def demo_with(**fields):
      "data.prepare --dataset=imagenet2012 .*demo:"),
     ({"data__train__source": "folder:/nowhere/at/all"}, r"/nowhere/at/all"),
     ({"batch_size": 12, "sharding__mesh__data": 8},
-     "batch_size 12 .*8 device"),
+     "batch_size: 12 .*8 device"),
     ({"sharding__mesh__data": 3}, "mesh data=3 .*8 device"),
     ({"data__loader__num_worker": 1}, "'num_worker'.*'num_workers'"),
-    ({"data__loader__num_workers": -1}, "data.loader.num_workers is -1"),
+    ({"data__loader__num_workers": -1}, "data.loader.num_workers: -1"),
     ({"checkpoint__best": "tset/accuracy"}, "checkpoint.best 'tset'.*'test'"),
     ({"num_steps": None}, "num_steps or num_epochs"),
     ({"model__dtype": "fp16"}, "dtype of vit_.* 'fp16'.*bfloat16"),
@@ -149,7 +149,7 @@ def test_misspelt_config_raises(argument, message):
 
 def test_config_from_other_folder_raises(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(FileNotFoundError, match=rf"configs/vit\.py in .*{tmp_path.name}"):
+  with pytest.raises(FileNotFoundError, match=rf"configs/vit\.py: .*{tmp_path.name}"):
     config_lib.load("configs/vit.py")
 
 
@@ -217,7 +217,7 @@ time.sleep(60)
     ("--config.batch_size=abc", "--config.batch_size=abc: "),
     ("--config.ema_decay=abc", "--config.ema_decay=abc: "),
     ("--config.data.train.transforms=abc", "transforms=abc: "),
-    ("--config.seed", "--config.seed .*--config.seed="),
+    ("--config.seed", "--config.seed: .*--config.seed="),
     ("--workdir", "argument '--workdir'"),
     ("--config.checkpoint.score_best=True", "now --config.checkpoint.eval_best_at_end"),
     ("--config.data.train.mixed_with=()", "now --config.data.train.extra_sources"),

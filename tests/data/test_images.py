@@ -44,7 +44,7 @@ def test_grey_repeated_in_three_channels(image_format):
 @pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (2, 3000), (1, 1)])
 def test_one_pixel_wide_images(size):
   image = np.zeros((*size, 3), np.uint8)
-  for rounding in ROUNDINGS:
+  for rounding in sorted(set(ROUNDINGS) - {"nearest"}):  # without a limit of the longer side
     preprocess = dataclasses.replace(DETECTION, rounding=rounding)
     assert min(preprocess.resize(image).shape[:2]) >= 1
   assert min(scaled_size(size, 800, 1333)) >= 1

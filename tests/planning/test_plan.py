@@ -249,7 +249,7 @@ def command(*arguments, **environment):
   ("platform", "topology", "message"),
   [
     ("tpu", "v5q:2x2", "TPU 'v5q'.*'v5p'"),
-    ("tpu", None, "--topology is missing"),
+    ("tpu", None, "--topology: missing"),
     ("cpu", "v5e:2x2", "--topology=v5e:2x2"),
     ("gpu", None, "platform 'gpu'"),
   ],

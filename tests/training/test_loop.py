@@ -322,7 +322,7 @@ def test_unknown_best_score_raises(tmp_path):
 def test_nan_loss_without_checkpoint_raises(tmp_path):
   data = toy.batches(12)
   data[0] = {**data[0], "x": data[0]["x"] * np.inf}
-  with pytest.raises(FloatingPointError, match=r"at step 1; .* no checkpoint"):
+  with pytest.raises(FloatingPointError, match="at step 1; no checkpoint"):
     train(tmp_path, data=data)
 
 

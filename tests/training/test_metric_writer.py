@@ -98,7 +98,7 @@ def test_secondary_processes_write_nothing(tmp_path, monkeypatch):
 def test_background_error_raised_on_flush(tmp_path):
   writer = MetricWriter(tmp_path)
   writer.write_scalars(1, {"loss": np.zeros(3)})
-  with pytest.raises(ValueError, match=r"metric 'loss' has shape \(3,\)"):
+  with pytest.raises(ValueError, match=r"metric 'loss': shape \(3,\)"):
     writer.flush()
   writer.write_scalars(2, {"loss": 1.0})
   writer.close()

@@ -181,7 +181,7 @@ def test_pretrained_shape_mismatch_raises():
   wrong = {"kernel": np.zeros((8, 31))}
   with (
     jax.set_mesh(made.mesh),
-    pytest.raises(ValueError, match=r"is \(8, 31\); expected \(8, 32\)"),
+    pytest.raises(ValueError, match=r"shape \(8, 31\); expected \(8, 32\)"),
   ):
     made.initial_state(0, lambda fresh: {**fresh, "params": {**fresh["params"], "wide": wrong}})
 
@@ -219,7 +219,7 @@ def test_frozen_parameters_bit_identical():
 
 
 def test_accumulation_not_divisible_raises():
-  with pytest.raises(ValueError, match="batch_size 16"):
+  with pytest.raises(ValueError, match="batch_size: 16"):
     program(toy.Regression(), toy.batches(1)[0], accumulation_steps=3)
 
 

@@ -34,7 +34,7 @@ class Preprocess:
   resize. `rounding`, where `max_side` limits the size: "side" rounds the shorter side before the
   longer is computed from it (official DETR: up to 1336 of 1333 pixels); "ratio" computes the longer
   side from the unrounded shorter one (transformers: at most 1333); "floor" rounds both scaled sides
-  down (torchvision: 799 of 800 pixels for some sizes); "nearest" rounds both (big_vision). The
+  down (torchvision: 799 of 800 pixels for some sizes); "nearest" rounds both, without limit. The
   corner of a crop is rounded down with "ratio" and "nearest", else to the nearest even pixel.
   """
 

@@ -114,7 +114,7 @@ def test_parameter_counts_equal_published():
 )
 def test_invalid_sizes_raise(field, size):
   images = [jnp.zeros((1, *side, 3)) for side in [(3, 4), (12, 16), (8, 8), (8, 8)]]
-  with pytest.raises(ValueError, match=rf"{field} .*positive"):
+  with pytest.raises(ValueError, match=rf"{field}: .*positive"):
     jax.eval_shape(TTSR(**TINY | {field: size}).init, jax.random.key(0), *images)
 
 
