@@ -4,8 +4,10 @@ States have one array: of several errors at once, Orbax leaves all but one to be
 """
 
 import errno
+import json
 import os
 import shutil
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from etils import epath
 
 from tests.training.disk import small_files
 from vit_jax_zoo.training.checkpoint import (
+  _UNCHECKED,
   MANIFEST,
   Checkpointer,
   _checksums,
@@ -239,10 +242,12 @@ def test_files_removed_during_save_keep_the_previous_checkpoint(tmp_path, monkey
   np.testing.assert_array_equal(restore_variables(tmp_path)["params"]["x"], STATE["params"]["x"])
 
 
-@pytest.mark.parametrize("message", ["NOT_FOUND: Error reading", "Save failed: 1/2 params are"])
-def test_errors_of_missing_files_continue_the_run(tmp_path, monkeypatch, caplog, message):
+@pytest.mark.parametrize("removed", ["checkpoints", "checkpoints/1"])
+def test_errors_of_removed_folders_continue_the_run(tmp_path, monkeypatch, caplog, removed):
   def fail(_):
-    raise ValueError(message)
+    shutil.rmtree(tmp_path / removed)
+    (tmp_path / "checkpoints/1/state/d").mkdir(parents=True)  # as TensorStore's next write does
+    raise ValueError("an error of TensorStore or Orbax")
 
   with Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(1, STATE)
@@ -253,3 +258,33 @@ def test_errors_of_missing_files_continue_the_run(tmp_path, monkeypatch, caplog,
     assert "checkpoints/1: removed" in caplog.text
     checkpointer.save(2, STATE)
   assert find_checkpoint(tmp_path).name == "2"
+
+
+def test_other_errors_of_a_save_end_the_run(tmp_path, monkeypatch):
+  def fail(_):
+    raise ValueError("NOT_FOUND: but all files exist")
+
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, STATE)
+    checkpointer.wait()
+    with monkeypatch.context() as patch:
+      patch.setattr("orbax.checkpoint.CheckpointManager.wait_until_finished", fail)
+      with pytest.raises(ValueError, match="all files exist"):
+        checkpointer.wait()
+
+
+def test_manifest_of_former_checksums(whole, tmp_path):
+  """Manifests of earlier development versions have the CRC-32 of each file."""
+  workdir = tmp_path / "run"
+  shutil.copytree(whole, workdir)
+  folder = workdir / "checkpoints" / "2"
+  files = [p for p in folder.rglob("*") if p.is_file() and p.name not in _UNCHECKED]
+  contents = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+  sums = {name: [len(content), zlib.crc32(content)] for name, content in contents.items()}
+  (folder / MANIFEST).write_text(json.dumps({"crc32": sums}))
+  np.testing.assert_array_equal(restore_variables(folder)["params"]["x"], STATE["params"]["x"])
+  content = bytearray(files[0].read_bytes())
+  content[-1] ^= 1
+  files[0].write_bytes(content)
+  with pytest.raises(ValueError, match=rf"{files[0].name} has another checksum"):
+    restore_variables(folder)

@@ -36,10 +36,10 @@ PathLike: TypeAlias = str | os.PathLike[str]
 CHECKPOINTS, BEST = "checkpoints", "best"
 STATE, VARIABLES, METADATA = "state", "variables", "metadata"
 MANIFEST = "files.json"
-_UNCHECKED = (MANIFEST, "_CHECKPOINT_METADATA")  # Orbax adds the time of the commit to the second
+ORBAX_METADATA = "_CHECKPOINT_METADATA"  # written when a folder is created, and when it is complete
+_UNCHECKED = (MANIFEST, ORBAX_METADATA)
 
 _BLOCK = 1 << 26  # bytes
-_MISSING = ("NOT_FOUND", "Save failed")  # ValueErrors of TensorStore and Orbax: files are gone
 
 
 class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
@@ -175,8 +175,9 @@ class _Folder:
       saved = self.manager.all_steps() if self._writable and jax.process_count() == 1 else ()
       removed = set(saved) - set(steps(self._directory))
     except Exception as error:
-      missing = isinstance(error, FileNotFoundError) or str(error).startswith(_MISSING)
-      if jax.process_count() > 1 or (any(self._directory.glob("*")) and not missing):
+      marks = (f"{self._step}{end}/{ORBAX_METADATA}" for end in ("", ".*"))
+      exists = any(any(self._directory.glob(mark)) for mark in marks)
+      if jax.process_count() > 1 or (exists and not isinstance(error, FileNotFoundError)):
         raise
       removed = {self._step}
     if removed:
@@ -329,12 +330,16 @@ def _item(checkpoint: epath.Path) -> epath.Path:
 def _check_complete(item: epath.Path) -> None:
   """Raises FileNotFoundError if files of arrays were removed; reads one byte of each chunk."""
   base = {"driver": "file", "path": f"{item}/"}
-  store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-  keys = store.list().result()
-  reads = [store.read(key, byte_range=slice(-1, None)) for key in keys]
-  if not reads or not all(read.result().value for read in reads):
-    raise FileNotFoundError(f"{item}: files were removed while it was written")
-  _saved_arrays(item)
+  removed = FileNotFoundError(f"{item}: files were removed while it was written")
+  try:
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    reads = [store.read(key, byte_range=slice(-1, None)) for key in store.list().result()]
+    is_complete = bool(reads) and all(read.result().value for read in reads)
+    _saved_arrays(item)
+  except ValueError:  # TensorStore's, of missing files
+    raise removed from None
+  if not is_complete:
+    raise removed
 
 
 def _find_damage(checkpoint: epath.Path) -> str | None:
@@ -342,19 +347,21 @@ def _find_damage(checkpoint: epath.Path) -> str | None:
   if "://" in os.fspath(checkpoint) or not manifest.exists():
     return None
   try:
-    expected = {**json.loads(manifest.read_text())["checksums"]}
+    listed = json.loads(manifest.read_text())
+    former = "crc32" in listed  # of earlier development versions: the CRC-32 of each file
+    expected = {**listed["crc32" if former else "checksums"]}
   except (ValueError, KeyError, TypeError, RecursionError):
     return f"{MANIFEST} is not readable"
   if not expected:
     return f"{MANIFEST} lists no files"
-  found = _checksums(checkpoint)
+  found = _checksums(checkpoint, former=former)
   for name, checksums in expected.items():
     if found.get(name) != checksums:
       return f"{name} {'has another checksum' if name in found else 'is missing'}"
   return None
 
 
-def _checksums(directory: epath.Path) -> dict[str, list[int]]:
+def _checksums(directory: epath.Path, *, former: bool = False) -> dict[str, list[int]]:
   """Returns the size, and the checksum of each block, of every file by path."""
   root = pathlib.Path(os.fspath(directory))
   files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.name not in _UNCHECKED]
@@ -362,8 +369,9 @@ def _checksums(directory: epath.Path) -> dict[str, list[int]]:
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
     for path in files:
       size = path.stat().st_size
-      blocks = pool.map(functools.partial(_checksum, path), range(0, size, _BLOCK))
-      found[str(path.relative_to(root))] = [size, *blocks]
+      starts = range(0, size, _BLOCK)
+      sums = [_crc32(path)] if former else pool.map(functools.partial(_checksum, path), starts)
+      found[str(path.relative_to(root))] = [size, *sums]
   return found
 
 
@@ -379,6 +387,14 @@ def _checksum(path: pathlib.Path, start: int) -> int:
       crc = zlib.crc32(words.sum(axis=1), crc)
       if count < len(buffer):
         break
+  return crc
+
+
+def _crc32(path: pathlib.Path) -> int:
+  crc = 0
+  with path.open("rb") as file:
+    while block := file.read(_BLOCK):
+      crc = zlib.crc32(block, crc)
   return crc
 
 
