@@ -199,6 +199,7 @@ def members(root, split):
     ("train data", "test_data"),
     ("seg_train", "seg_test"),
     ("data_train", "data_test"),
+    ("train2017", "val2017"),
     ("seg_train/seg_train", "seg_test/seg_test"),
   ],
 )
@@ -222,11 +223,45 @@ def test_split_folder_without_classes_raises(tmp_path):
     load_source(f"folder:{tmp_path}", "train")
 
 
-@pytest.mark.parametrize("paths", ["fold1/x fold1/y fold2/x fold2/y", "x/train x/test y/other"])
+@pytest.mark.parametrize(
+  "paths",
+  [
+    "fold1/x fold1/y fold2/x fold2/y",
+    "fold1/x fold1/y fold1/z fold2/x fold2/y",
+    "fold1/x fold1/y fold2/y",
+    "train_256/x train_256/y val_256/x",
+    "x/train x/test y/other",
+    "x/train x/test x/docs y/other",
+  ],
+)
 def test_nested_folders_raise(paths, tmp_path):
   write(tmp_path, *(f"{path}/{i}.png" for path in paths.split() for i in range(2)))
   with pytest.raises(ValueError, match="<class>/<image> or train"):
     load_source(f"folder:{tmp_path}", "train")
+  names = sorted({path.split("/")[0] for path in paths.split()})
+  assert len(load_source(f"folder:{tmp_path}", "all", class_names=names)) == 2 * len(paths.split())
+
+
+@pytest.mark.parametrize(
+  ("paths", "named"),
+  [("train test/x test/y", "train"), ("train test docs", "docs"), ("val/x val/y docs", "docs")],
+)
+def test_incomplete_split_folders_raise(paths, named, tmp_path):
+  write(tmp_path, *(f"{path}/{i}.png" for path in paths.split() for i in range(2)))
+  with pytest.raises(ValueError, match=rf"{named}.*<class>/<image>"):
+    load_source(f"folder:{tmp_path}", "test")
+
+
+def test_dataset_folder_beside_others_raises(tmp_path):
+  write(tmp_path, "dataset/x/1.png", "dataset/y/2.png", "docs/figure.png")
+  with pytest.raises(ValueError, match=rf"folder:{tmp_path}/dataset\?"):
+    load_source(f"folder:{tmp_path}", "train")
+
+
+def test_class_of_folders_only_logged(tmp_path, caplog):
+  write(tmp_path, "flowers/x/1.png", "flowers/y/2.png", "docs/figure.png")
+  assert load_source(f"folder:{tmp_path}", "all").info.class_names == ("docs", "flowers")
+  assert "flowers (x, y)" in caplog.text
 
 
 def test_subfolders_of_class_read(tmp_path):

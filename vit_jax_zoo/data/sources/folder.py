@@ -4,7 +4,7 @@
     flowers/train/daisy/01.jpg  flowers/test/rose/17.png         split by folder
 
 Split folders are `train` or `training`, `test` or `testing`, `val`, `valid`, `validation`, `dev` or
-`eval`, in any case, also `train_set`, `train-data`, `train images`, `seg_train`, `data_train`.
+`eval`, in any case, also `train_set`, `train-data`, `train images`, `seg_train`, `train2017`.
 `val`, `valid` and `validation` are aliases of the one that exists; with only a test set or only a
 validation set, all four names are aliases of it. Class names are normalised (NFC).
 
@@ -50,6 +50,8 @@ _LISTED = 5  # maximum number of files or classes in a message
 _SYSTEM_FOLDERS = (
   "__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found", "system volume information",
 )  # fmt: skip
+
+_CONTAINERS = ("data", "dataset", "datasets", "images", "imgs", "photos", "pictures")
 
 _warn_once = functools.cache(logging.warning)
 _log_once = functools.cache(logging.info)  # each split of a run lists the folder again
@@ -183,8 +185,10 @@ def find_splits(location: str, class_names: Sequence[str] | str | None = None) -
     raise ValueError(f"{root} has no images in class folders; expected <class>/<image>, of {known}")
   if "" in found and len(every) == 1:
     _check_not_wrapped(root / every[0], location)
-  _check_inner_folders(root, found.get("", []))
-  names = read_class_names(class_names) or tuple(every)
+  names = read_class_names(class_names)
+  if not names:
+    _check_inner_folders(root, found.get("", []))
+    names = tuple(every)
   whole = base.DatasetInfo(f"folder:{location}", 0, len(names), names)
   labelled = {s: _labelled(folders[s], files, names) for s, files in found.items() if files}
   if "" in labelled:
@@ -213,14 +217,15 @@ def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
     if others:
       _warn_once(f"{root}: ignored folders next to the split folders: {others}")
     return splits
-  if len(named) > 1 and len(named) == len(folders) and not nested:
-    expected = f"{named[0]}/<class>/<image>"
-    raise ValueError(f"{root} has split folders without class folders; expected {expected}")
+  if splits or len({_split_of(f.name) for f in named}) > 1:
+    others = ", ".join(f.name for f in folders if f not in nested)
+    expected = f"{named[0].name}/<class>/<image>"
+    raise ValueError(f"{root}: {others}: not splits with class folders; expected {expected}")
   return {}
 
 
 def _split_of(name: str) -> str | None:
-  name = re.sub(r"[-_ ]?(set|data|images)$", "", name.lower())
+  name = re.sub(r"[-_ ]?(set|data|images|(19|20)\d\d)$", "", name.lower())
   return SPLIT_FOLDERS.get(re.sub(r"^(seg|data|dataset|images?)[-_ ]", "", name))
 
 
@@ -244,15 +249,31 @@ def _check_not_wrapped(inner: pathlib.Path, location: str) -> None:
 
 
 def _check_inner_folders(root: pathlib.Path, files: Sequence[tuple[str, str]]) -> None:
-  """Refuses splits or folds that would become classes, and class folders with splits inside."""
+  """Refuses splits, folds or a whole dataset that would become classes, and splits in classes."""
   inside: dict[str, set[str]] = {}
   for top, *below in (path.split("/") for path, _ in files):
-    inside.setdefault(top, set()).update(below[:-1][:1])
-  first: dict[tuple[str, ...], str] = {}
-  for top, names in ((top, tuple(sorted(names))) for top, names in sorted(inside.items())):
-    if len(names) > 1 and (first.setdefault(names, top) != top or all(map(_split_of, names))):
-      wrong = f"{root}: {first[names]}/ and {top}/ have the folders {', '.join(names[:_LISTED])}"
-      raise ValueError(f"{wrong}; expected <class>/<image> or train|val|test/<class>/<image>")
+    inside.setdefault(top, set()).add("".join(below[:-1][:1]))  # empty: an image of `top` itself
+  first: dict[str, str] = {}  # folders by the folders inside
+  nested = []
+  for top, names in sorted(inside.items()):
+    folders = sorted(names - {""})
+    listed = ", ".join(folders[:_LISTED])
+    if len(inside) > 1 and len(folders) > 1 and top.lower() in _CONTAINERS:
+      raise ValueError(
+        f"{root}: {top}/ has the folders {listed}; did you mean folder:{root / top}?"
+      )
+    nested += [f"{top} ({listed})"] if len(folders) > 1 and "" not in names else []
+    alike = {top} if len(set(map(_split_of, folders)) - {None}) > 1 else set()
+    for other in {first.setdefault(name, top) for name in folders} - {top}:
+      several = len(names | inside[other]) > 1 and "" not in names | inside[other]
+      alike |= {other, top} if several or len((names & inside[other]) - {""}) > 1 else set()
+    if alike:
+      wrong = f"{root}: {', '.join(sorted(alike))} contain {listed}; expected <class>/<image> or "
+      advice = "If they are classes, list them in class_names"
+      raise ValueError(f"{wrong}train|val|test/<class>/<image>. {advice}")
+  if nested:
+    more = ", ..." if len(nested) > _LISTED else ""
+    _warn_once(f"{root}: classes with images only in folders: {', '.join(nested[:_LISTED])}{more}")
 
 
 def _scan(root: pathlib.Path) -> list[tuple[str, str]]:
