@@ -285,6 +285,31 @@ def test_config_json_without_recipe_accepted(tmp_path):
     run_config.check_unchanged(config, None, epath.Path(tmp_path))
 
 
+@pytest.mark.parametrize(
+  ("folder", "options", "name"),
+  [
+    ("b", {}, "--workdir: "),
+    ("a", {"eval_only": True}, "--eval_only: False on process 0, True"),
+    ("a", {"overfit_one_batch": True}, "--overfit_one_batch: "),
+    ("a", {"profile": (2, 3)}, "--profile: "),
+    ("a", {"allow_config_change": True}, "--allow_config_change: "),
+    ("a", {}, "newest step in .*a/checkpoints.*: None on process 0, 4"),
+  ],
+)
+def test_processes_compare_flags_and_steps_first(tmp_path, monkeypatch, folder, options, name):
+  def gather(value):
+    if not options and folder == "a":  # as on another machine
+      (tmp_path / "a/checkpoints/4").mkdir(parents=True)
+    other = epath.Path(tmp_path / folder), trainer.RunOptions(**options)
+    return [value, trainer._run_settings(*other)]
+
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr("vit_jax_zoo.training.distributed.all_gather_objects", gather)
+  with pytest.raises(ValueError, match=f"^{name}"):
+    run(tiny(), tmp_path / "a")
+  assert not (tmp_path / "a/lock.json").exists()
+
+
 def test_swapped_class_names_raise_on_resume(finished):
   _, workdir = finished
   data = json.loads((workdir / "data.json").read_text())

@@ -23,7 +23,14 @@ from vit_jax_zoo.initialization import Initializer, check_files
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.run_summary import log_summary
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.checkpoint import CHECKPOINTS, Checkpointer, restore_variables
+from vit_jax_zoo.training.checkpoint import (
+  BEST,
+  CHECKPOINTS,
+  Checkpointer,
+  absolute,
+  restore_variables,
+  steps,
+)
 from vit_jax_zoo.training.compiled_steps import EvaluationProgram, Program
 from vit_jax_zoo.training.distributed import check_equal, is_primary
 from vit_jax_zoo.training.evaluate import Evaluation, explain, score_predictions
@@ -60,10 +67,11 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
   """
   if options.overfit_one_batch:  # separate from real training
     workdir = workdir / "overfit_one_batch"
+  check_equal(lambda: _run_settings(workdir, options))  # the lock already differs for --eval_only
   run_data = run_metadata.load_data(workdir) if options.eval_only else None
   with contextlib.nullcontext() if options.eval_only else workdir_lock(workdir):
     experiment = build(config, run_data=run_data)
-    check_equal(lambda: _settings(experiment, train=not options.eval_only))
+    check_equal(lambda: _experiment_settings(experiment, train=not options.eval_only))
     config = experiment.config
     policy = {"keep": config.checkpoint.keep, "best_mode": config.checkpoint.best_mode}
     with (
@@ -80,8 +88,26 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
       return _evaluate_only(experiment, checkpointer)
 
 
-def _settings(experiment: Experiment, *, train: bool) -> dict[str, Any]:
-  """Returns the settings that must be equal on all processes: config, datasets, code."""
+_JAX_FLAGS = ("enable_x64", "numpy_dtype_promotion", "default_matmul_precision",
+              "default_prng_impl", "threefry_partitionable")  # fmt: skip
+
+
+def _run_settings(workdir: epath.Path, options: RunOptions) -> dict[str, Any]:
+  """Returns the flags and checkpoints, which must be equal on all processes."""
+  workdir = absolute(workdir)
+  flags = {f"--{name}": value for name, value in dataclasses.asdict(options).items()}
+  flags |= {"--workdir": str(workdir)}
+  flags |= {f"JAX_{name.upper()}": getattr(jax.config, f"jax_{name}") for name in _JAX_FLAGS}
+  folders = (workdir / CHECKPOINTS, workdir / BEST)
+  saved = {
+    f"newest step in {folder}, a shared directory": max(steps(folder), default=None)
+    for folder in folders
+  }
+  return flags | saved | {"JAX version": jax.__version__}
+
+
+def _experiment_settings(experiment: Experiment, *, train: bool) -> dict[str, Any]:
+  """Returns the config, datasets and code version, which must be equal on all processes."""
   flat = traverse_util.flatten_dict({"config": run_metadata.as_json(experiment.config)}, sep=".")
   sources = experiment.sources if train else experiment.eval_sources
   data = {f"data of {name!r}": run_metadata.fingerprint(source) for name, source in sources.items()}
