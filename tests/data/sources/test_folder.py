@@ -264,6 +264,31 @@ def test_class_of_folders_only_logged(tmp_path, caplog):
   assert "flowers (x, y)" in caplog.text
 
 
+@pytest.mark.parametrize(
+  "paths", ["train/Cat test/cat", "Cat cat", "cat |cat", "hot dog|hot_dog", "train/x|val/x "]
+)
+def test_class_names_alike_raise(paths, tmp_path):
+  folders = paths.split("|") if "|" in paths else paths.split(" ")
+  write(tmp_path, *(f"{path}/{i}.png" for path in folders for i in range(2)))
+  with pytest.raises(ValueError, match=rf"{tmp_path}: .*did you mean one class"):
+    load_source(f"folder:{tmp_path}", "train")
+  names = [path.split("/")[-1] for path in folders]
+  source = load_source(f"folder:{tmp_path}", "train", class_names=names)
+  assert source.info.class_names == tuple(names)
+
+
+def test_class_names_of_signs_read(tmp_path):
+  names = ("-1", "1", "1-2", "12", "_1")
+  write(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(2)))
+  assert load_source(f"folder:{tmp_path}", "train").info.class_names == names
+
+
+def test_class_names_in_other_case_suggested(tmp_path):
+  write(tmp_path, "Cat/1.png", "dog/1.png")
+  with pytest.raises(ValueError, match=r"Cat is not in class_names; did you mean 'cat'"):
+    load_source(f"folder:{tmp_path}", "train", class_names=["cat", "dog"])
+
+
 def test_subfolders_of_class_read(tmp_path):
   write(tmp_path, "x/images/1.png", "y/images/1.png", "x/2.png", "y/a/2.png", "y/b/3.png")
   assert load_source(f"folder:{tmp_path}", "all").info.class_names == ("x", "y")

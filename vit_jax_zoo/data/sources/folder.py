@@ -188,6 +188,7 @@ def find_splits(location: str, class_names: Sequence[str] | str | None = None) -
   names = read_class_names(class_names)
   if not names:
     _check_inner_folders(root, found.get("", []))
+    _check_names_differ(root, every)
     names = tuple(every)
   whole = base.DatasetInfo(f"folder:{location}", 0, len(names), names)
   labelled = {s: _labelled(folders[s], files, names) for s, files in found.items() if files}
@@ -276,6 +277,19 @@ def _check_inner_folders(root: pathlib.Path, files: Sequence[tuple[str, str]]) -
     _warn_once(f"{root}: classes with images only in folders: {', '.join(nested[:_LISTED])}{more}")
 
 
+def _check_names_differ(root: pathlib.Path, names: Sequence[str]) -> None:
+  """Refuses `Cat` and `cat`, of one split or two: one class on other file systems."""
+  first: dict[str, str] = {}
+  for name in names:
+    if (other := first.setdefault(_spelling(name), name)) != name:
+      wrong = f"{root}: class folders {other!r} and {name!r} differ only in case, spaces, _ or -"
+      raise ValueError(f"{wrong}; did you mean one class? Rename one, or list both in class_names")
+
+
+def _spelling(name: str) -> str:
+  return re.sub(r"(?<=[^\W_])[\s_-]+(?=[^\W_])", " ", name.strip()).casefold()
+
+
 def _scan(root: pathlib.Path) -> list[tuple[str, str]]:
   """Returns (path below the root, class) of every image in a class folder, ordered by hash."""
   found: list[tuple[str, str]] = []
@@ -294,7 +308,9 @@ def _labelled(root: pathlib.Path, files: list[tuple[str, str]], names: Sequence[
   labels = {unicodedata.normalize("NFC", name): label for label, name in enumerate(names)}
   unknown = sorted({name for _, name in files} - set(labels))
   if unknown:
-    raise ValueError(f"{root / unknown[0]} is not in class_names; add all {len(unknown)} missing")
+    nearest = {_spelling(name): f"; did you mean {name!r}?" for name in names}
+    hint = nearest.get(_spelling(unknown[0]), f"; add all {len(unknown)} missing")
+    raise ValueError(f"{root / unknown[0]} is not in class_names{hint}")
   return [(path, labels[name]) for path, name in files]
 
 
