@@ -73,9 +73,10 @@ def test_mosaic_tile_positions():
   np.testing.assert_allclose(ax.get_yticks(), [11.5, 36.5])
 
 
-def test_heads_scaled_to_own_maximum():
+def test_heads_scaled_to_own_maximum(monkeypatch):
+  monkeypatch.setattr("vit_jax_zoo.figures.attention.MAX_LAYERS", 3)
   maps = np.random.default_rng(0).random((6, 3, 2, 2)).astype(np.float32)
-  figure = draw_heads(np.zeros((8, 8, 1), np.uint8), maps, max_layers=3)
+  figure = draw_heads(np.zeros((8, 8, 1), np.uint8), maps)
   mosaic = figure.axes[1]
   assert [text.get_text() for text in mosaic.get_yticklabels()] == ["layer 1", "layer 3", "layer 6"]
   assert [text.get_text() for text in mosaic.get_xticklabels()] == ["head 1", "head 2", "head 3"]

@@ -8,6 +8,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.figures.classification import (
+  MAX_IMAGES,
   RIGHT,
   WRONG,
   draw_batch,
@@ -73,10 +74,10 @@ def test_correct_and_wrong_predictions_differ(images):
 def test_max_images_and_drawing_time():
   images = np.zeros((64, 224, 224, 1), np.uint8)
   start = time.perf_counter()
-  figure = draw_batch(images, np.zeros(64, int), max_images=10)
+  figure = draw_batch(images, np.zeros(64, int))
   figure.canvas.draw()
   assert time.perf_counter() - start < 5  # 0.2 s on an idle core
-  assert len(figure.axes) == 10
+  assert len(figure.axes) == MAX_IMAGES
   assert captions(figure)[0] == "0"
   assert figure.axes[0].images[0].get_interpolation() != "nearest"
 

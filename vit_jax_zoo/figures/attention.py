@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from vit_jax_zoo.errors import shorten
 from vit_jax_zoo.figures.canvas import MARGIN, SMALL, add_axes, chart, show_image, write_title
 
+MAX_LAYERS = 12
 COLUMNS = 7  # of the ViT paper's figure 7, which has 28 components
 
 
@@ -90,11 +91,10 @@ def draw_heads(
   maps: Float[np.ndarray, "l heads gh gw"],
   *,
   subtitle: str = "each map scaled to its own maximum",
-  max_layers: int = 12,
 ) -> Figure:
   """Draws an image, and the attention map of each layer (row, evenly spaced) and head (column)."""
   depth, heads = maps.shape[:2]
-  chosen = np.unique(np.linspace(0, depth - 1, min(depth, max_layers)).round().astype(int))
+  chosen = np.unique(np.linspace(0, depth - 1, min(depth, MAX_LAYERS)).round().astype(int))
   cell = 0.75 if heads > 6 else 0.95
   sides = (cell * heads, cell * len(chosen))
   height = max(sides[1], 1.2) + 1.15

@@ -15,17 +15,16 @@ from vit_jax_zoo.errors import name_of, shorten
 from vit_jax_zoo.figures.canvas import COLORS, QUIET, SMALL, show_image, write_title
 
 RIGHT, WRONG = COLORS[:2]
+MAX_IMAGES = 24
 
 
 def draw_batch(
   images: Num[np.ndarray, "b h w c"],
   labels: Shaped[np.ndarray, "b ..."],
   class_names: Sequence[str] = (),
-  *,
-  max_images: int = 24,
 ) -> Figure:
-  """Draws training images with their labels: class indices [b], or weights [b k]."""
-  shown = min(len(images), max_images)
+  """Draws the first training images with their labels: class indices [b], or weights [b k]."""
+  shown = min(len(images), MAX_IMAGES)
   height, width = images.shape[1:3]
   figure, axes, cell = _grid(images, shown)
   subtitle = f"{shown} of {len(images)} images, {width} × {height} pixels"
@@ -43,7 +42,7 @@ def draw_predictions(
   class_names: Sequence[str] = (),
 ) -> Figure:
   """Draws images with the most likely class of `Classification.predict`, framed blue if correct."""
-  shown = min(len(images), 24)
+  shown = min(len(images), MAX_IMAGES)
   correct = np.asarray(predictions["correct"])[:shown, 0]
   figure, axes, cell = _grid(images, shown)
   write_title(figure, "Predictions", f"{int(correct.sum())} of {shown} correct")

@@ -26,7 +26,7 @@ def example():
 
 def test_query_attention_draws_confident_queries_and_the_best():
   batch, predictions = example()
-  figure = draw_query_attention(batch, predictions, ("a", "b"), threshold=0.5, max_queries=3)
+  figure = draw_query_attention(batch, predictions, ("a", "b"), threshold=0.5)
   rows = np.array(figure.axes).reshape(2, 3)  # query 0 is never drawn
   assert [ax.get_title(loc="left") for ax in rows[0]] == ["", "query 1: 90%", "query 2: 60%"]
   assert [ax.get_title(loc="left") for ax in rows[1]] == ["", "query 1: 30%", ""]

@@ -8,12 +8,13 @@ def image_data(ax):
   return ax.images[0].get_array()
 
 
-def test_completions_figure_has_prefix_completions_and_original():
+def test_completions_figure_has_prefix_completions_and_original(monkeypatch):
+  monkeypatch.setattr(samples, "MAX_COMPLETED", 2)
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
   completions = rng.integers(0, 256, (3, 2, 4, 4, 3), dtype=np.uint8)
   prefix_lengths = np.array([8, 0, 6])
-  figure = samples.draw_completions(images, prefix_lengths, completions, max_images=2)
+  figure = samples.draw_completions(images, prefix_lengths, completions)
   axes = np.array(figure.axes).reshape(2, 4)
   for row in range(2):
     np.testing.assert_array_equal(image_data(axes[row, 1]), completions[row, 0])
@@ -37,9 +38,10 @@ def test_keep_pixels_ends_within_row():
   assert (image == 7).all()
 
 
-def test_draw_images_fills_grid():
+def test_draw_images_fills_grid(monkeypatch):
+  monkeypatch.setattr(samples, "MAX_SAMPLES", 6)
   images = np.random.default_rng(0).integers(0, 256, (7, 5, 5, 3)).astype(np.float32)
-  figure = samples.draw_images(images, max_images=6)
+  figure = samples.draw_images(images)
   assert len(figure.axes) == 6
   np.testing.assert_array_equal(image_data(figure.axes[4]), images[4])
   bottoms = [ax.get_position().y0 for ax in samples.draw_images(images[:6], columns=3).axes]

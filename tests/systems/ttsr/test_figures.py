@@ -74,8 +74,8 @@ def test_batch_figure_shows_all_images():
 
 def test_results_figure_crops_padding():
   batch, predictions = example()
-  figure = draw_results({**batch, "size": np.full((2, 2), (12, 16))}, predictions, max_images=1)
-  assert len(figure.axes) == len(COLUMNS)
+  figure = draw_results({**batch, "size": np.full((2, 2), (12, 16))}, predictions)
+  assert len(figure.axes) == 2 * len(COLUMNS)
   assert figure.axes[4].images[0].get_array().shape == (12, 16, 3)
   assert figure.axes[0].images[0].get_array().shape == (3, 4, 3)
 

@@ -30,10 +30,10 @@ def test_rollout_of_identity_is_identity():
 
 
 def test_rollout_of_chained_attention():
-  # Without residual: layer 2 attends from 0 to 1 and layer 1 from 1 to 2, so 0 comes from 2.
+  # Layer 2 attends from 0 to 1 and layer 1 from 1 to 2; half of each token is itself.
   first, second = np.eye(3, dtype=np.float32)[[0, 2, 1]], np.eye(3, dtype=np.float32)[[1, 1, 2]]
   weights = np.stack([first, second])[:, None, None]
-  np.testing.assert_array_equal(attention_rollout(weights, residual=0.0)[0, 0], [0, 0, 1])
+  np.testing.assert_array_equal(attention_rollout(weights)[0, 0], [0.5, 0.25, 0.25])
 
 
 def test_attention_distance_of_local_and_uniform_heads():

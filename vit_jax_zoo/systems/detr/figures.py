@@ -15,6 +15,7 @@ from vit_jax_zoo.figures import detection as draw
 from vit_jax_zoo.systems.detr.panoptic import Segmentation
 
 _OPACITY = 0.55
+MAX_IMAGES, MAX_QUERIES = 3, 4  # of a figure of queries
 
 
 def draw_segments(
@@ -63,16 +64,14 @@ def draw_query_attention(
   class_names: Sequence[str] = (),
   *,
   threshold: float = 0.0,
-  max_images: int = 3,
-  max_queries: int = 4,
 ) -> Figure:
   """Draws images with the boxes of highest score, and the attention map of each box's query.
 
   Predictions are those of `draw_predictions`, and `attention` [b q i j] over the padded image. The
   query of highest score is always drawn.
   """
-  rows = draw.real_rows(batch)[:max_images]
-  drawn = [_best(np.asarray(predictions["scores"][row]), threshold, max_queries) for row in rows]
+  rows = draw.real_rows(batch)[:MAX_IMAGES]
+  drawn = [_best(np.asarray(predictions["scores"][row]), threshold) for row in rows]
   columns = 1 + max(map(len, drawn), default=0)
   figure, axes = draw.grid(len(rows), columns, "Attention maps of the queries")
   for index, (row, best) in enumerate(zip(rows, drawn, strict=True)):
@@ -94,8 +93,8 @@ def draw_query_attention(
   return figure
 
 
-def _best(scores: np.ndarray, threshold: float, max_queries: int) -> Int[np.ndarray, " s"]:
-  best = np.argsort(-scores, kind="stable")[:max_queries]
+def _best(scores: np.ndarray, threshold: float) -> Int[np.ndarray, " s"]:
+  best = np.argsort(-scores, kind="stable")[:MAX_QUERIES]
   return best[(scores[best] >= threshold) | (best == best[0])]
 
 

@@ -12,17 +12,16 @@ from vit_jax_zoo.figures.canvas import MARGIN, add_axes, show_image, write_title
 MISSING = (236, 236, 240)  # colour of pixels after the prefix
 GAP = 0.06  # inches between pictures
 HEAD = 0.95  # inches above the grid
+MAX_COMPLETED, MAX_SAMPLES = 12, 64  # maximum numbers of images in a figure
 
 
 def draw_completions(
   images: UInt8[np.ndarray, "b h w 3"],
   given: Int[np.ndarray, " b"] | Integer[np.ndarray, " b"],
   completions: UInt8[np.ndarray, "b s h w 3"],
-  *,
-  max_images: int = 12,
 ) -> Figure:
   """Draws a row for each image: the prefix of `given` pixels, the completions and the original."""
-  shown = min(len(images), max_images)
+  shown = min(len(images), MAX_COMPLETED)
   count = completions.shape[1]
   rows = [[keep_pixels(images[i], int(given[i])), *completions[i], images[i]] for i in range(shown)]
   figure, axes = _grid(shown, count + 2, images.shape[1:3], separate=(1, count + 1))
@@ -42,11 +41,10 @@ def draw_images(
   images: Num[np.ndarray, "b h w 3"],
   *,
   title: str = "Samples",
-  max_images: int = 64,
   columns: int | None = None,
 ) -> Figure:
   """Draws the first images, in [0, 255], in rows of `columns`; None: a square grid."""
-  shown = min(len(images), max_images)
+  shown = min(len(images), MAX_SAMPLES)
   if not shown:
     raise ValueError("images: none; expected at least one")
   columns = columns or max(4, int(np.ceil(np.sqrt(shown))))

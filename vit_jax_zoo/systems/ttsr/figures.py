@@ -12,6 +12,7 @@ from vit_jax_zoo.figures.canvas import QUIET, hide_frame, show_image
 from vit_jax_zoo.systems.ttsr.psnr_ssim import psnr_y
 
 CELL = 2.1  # inches
+MAX_IMAGES = 4
 COLUMNS = (  # "wrong reference" and "truth" are optional
   "small", "bicubic", "ours", "wrong reference", "truth", "reference", "source", "confidence"
 )  # fmt: skip
@@ -30,9 +31,8 @@ def draw_results(
   predictions: Mapping[str, Any],
   *,
   title: str = "Super-resolution",
-  max_images: int = 4,
 ) -> Figure:
-  """Draws a row of images for each example, in the columns `COLUMNS`.
+  """Draws a row of images for each of the first examples, in the columns `COLUMNS`.
 
   "source" colours each cell of the input by the position of its match in the reference, whose
   colours "reference" shows. "confidence" is the soft attention, scaled to its range in the image.
@@ -41,15 +41,15 @@ def draw_results(
   """
   there = {"truth": "image" in batch, "wrong reference": "wrong_reference_image" in predictions}
   columns = [name for name in COLUMNS if there.get(name, True)]
-  figure, rows = _grid(batch, max_images, columns, title)
+  figure, rows = _grid(batch, columns, title)
   for i, row in enumerate(rows):
     _draw_row(row, batch, predictions, i)
   return figure
 
 
-def draw_batch(batch: Mapping[str, Any], *, max_images: int = 4) -> Figure:
+def draw_batch(batch: Mapping[str, Any]) -> Figure:
   """Draws a row of `BATCH_COLUMNS` for each example of a training batch, in [0, 255]."""
-  figure, rows = _grid(batch, max_images, list(BATCH_COLUMNS), "Training batch")
+  figure, rows = _grid(batch, list(BATCH_COLUMNS), "Training batch")
   for i, row in enumerate(rows):
     for name, key in BATCH_COLUMNS.items():
       picture = np.asarray(batch[key][i])
@@ -105,10 +105,10 @@ def _tinted(image: np.ndarray, colors: np.ndarray) -> Float[np.ndarray, "y x 3"]
 
 
 def _grid(
-  batch: Mapping[str, Any], max_images: int, columns: list[str], title: str
+  batch: Mapping[str, Any], columns: list[str], title: str
 ) -> tuple[Figure, list[dict[str, Axes]]]:
   count, height, width, _ = batch["upsampled_image"].shape
-  rows, aspect = min(count, max_images), float(np.clip(height / width, 0.4, 1.6))
+  rows, aspect = min(count, MAX_IMAGES), float(np.clip(height / width, 0.4, 1.6))
   if not rows:
     raise ValueError("there is no image to draw")
   size = (len(columns) * CELL, rows * (CELL * aspect + 0.35) + 0.7)

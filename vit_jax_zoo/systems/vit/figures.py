@@ -72,16 +72,16 @@ def attention_maps(intermediates: Mapping[str, Any]) -> Float[Array, "l b heads 
 
 
 def attention_rollout(
-  weights: Float[Array | np.ndarray, "l b heads n n"], *, residual: float = 0.5
+  weights: Float[Array | np.ndarray, "l b heads n n"],
 ) -> Float[Array, "b n n"]:
   """Returns the weight of each input token (column) in each output token (row); rows sum to 1.
 
   Abnar and Zuidema, arXiv:2005.00928, section 3, as in figure 6 of the ViT paper (appendix D.8):
-  the product of the maps, averaged over heads and mixed with `residual` times the identity, for the
-  residual connection.
+  the product of the maps' means over heads, each averaged with the identity, for the residual
+  connection.
   """
   maps = jnp.asarray(weights, jnp.float32)
-  mixed = (1 - residual) * maps.mean(axis=2) + residual * jnp.eye(maps.shape[-1])[None, None]
+  mixed = 0.5 * maps.mean(axis=2) + 0.5 * jnp.eye(maps.shape[-1])[None, None]
   total = mixed[0]
   for layer in mixed[1:]:
     total = jnp.matmul(layer, total, precision="highest")
