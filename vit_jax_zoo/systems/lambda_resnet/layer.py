@@ -61,13 +61,14 @@ def apply_lambdas(
     implementation = choose_implementation(map_size, embeddings.shape)
   wide = jnp.promote_types(values.dtype, jnp.float32)  # lambdas are sums over the whole map
   weights = jax.nn.softmax(keys.astype(wide), axis=(1, 2)).astype(values.dtype)
+  by_pairs = implementation != "convolution"
+  pairs = relative_embeddings(embeddings, map_size) if by_pairs else None
+  einsum = functools.partial(jnp.einsum, preferred_element_type=wide)
 
-  content = jnp.einsum("byxuk,byxuv->bkv", weights, values, preferred_element_type=wide)
-  if implementation == "convolution":
+  content = einsum("byxuk,byxuv->bkv", weights, values)
+  position = None if pairs is None else einsum("hywxuk,byxuv->bhwkv", pairs, values)
+  if position is None:
     position = _position_lambdas_by_convolution(values, embeddings)
-  else:
-    pairs = relative_embeddings(embeddings, map_size)
-    position = jnp.einsum("hywxuk,byxuv->bhwkv", pairs, values, preferred_element_type=wide)
   if bias is not None:
     position += bias.astype(wide).reshape(1, 1, 1, -1, 1)
 
