@@ -89,13 +89,13 @@ class PyramidSegmenter(nn.Module):
 
   num_classes: int = 19
   width: int = 256  # channels of the pyramid's levels
-  kernel_sizes: Sequence[int] = (1, 7, 15, 31)  # of the pyramid, see `UnscathedPyramid`
+  kernel_sizes: Sequence[int] = (1, 7, 15, 31)  # of `UnscathedPyramid` (the paper's UFP)
   neck: str = "fpt"  # "fpt", or "ufp": the pyramid without transformer, the paper's baseline
   window: int | None = 5  # of grounding, not stated in the paper; None: all positions
   transformer: Mapping[str, Any] | None = None  # further fields of `FeaturePyramidTransformer`
   norm: str = "batch_norm"  # norm of everything after the backbone; see `norm_factory`
-  dropout_rate: float = 0.1  # dropout rate before the classifier
-  auxiliary_head: bool = False  # adds an auxiliary classifier on c4 in training
+  dropout_rate: float = 0.1  # before the classifiers (torchvision's FCNHead)
+  auxiliary_head: bool = False  # on c4 in training (arXiv:1612.01105, section 3.2; the recipes)
   backbone: Mapping[str, Any] | None = None  # fields of `ResNet`; default "output_stride": 8
   dtype: Dtype = "float32"  # of the computation; parameters, statistics, logits are float32
 

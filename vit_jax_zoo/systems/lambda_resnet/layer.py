@@ -148,12 +148,12 @@ class LambdaLayer(nn.Module):
   embeddings.
   """
 
-  num_heads: int = 4  # query heads; divides the number of channels
-  dim_k: int = 16  # depth of queries and keys
+  num_heads: int = 4  # query heads, divides the channels (paper's h; read from timm's weights)
+  dim_k: int = 16  # depth of queries and keys (paper's k, ablation from 2 to 32; timm's dim_head)
   dim_u: int = 1  # intra-depth (paper, ablation of u)
-  receptive_field: int | None = 23  # odd side of the position lambdas' scope; None: the whole map
+  receptive_field: int | None = 23  # odd scope, None: all (paper's ablation; timm's 26t, 26rpt_256)
   position_bias: bool = False  # of each query channel in position lambdas (timm, lucidrains)
-  stride: int = 1  # 2 halves the map by average pooling after the lambdas
+  stride: int = 1  # 2: average pooling after the lambdas (first block of c5; paper and timm)
   pool_size: int = 3  # pooling window: 3 (paper; padded by one, padding not counted) or 2 (timm)
   implementation: Implementation = "auto"  # see `apply_lambdas`
   norm: Callable[..., nn.Module] | None = None  # creates a norm by `name`; None: batch

@@ -112,16 +112,16 @@ class LambdaBottleneck(Bottleneck):
 class LambdaResNet(ResNet):
   """A ResNet classifier (default: ResNet-RS) with lambda layers in some of its blocks."""
 
-  stem: str = "deep_strided"
-  shortcut: str = "avg_pool"
-  se_ratio: float = 0.25
-  se_stages: tuple[str, ...] = ("c2", "c3")
+  stem: str = "deep_strided"  # ResNet-RS; "conv7" in the paper's ablations, "tiered" in timm's
+  shortcut: str = "avg_pool"  # ResNet-RS; "conv" in the paper's ablations and timm's
+  se_ratio: float = 0.25  # ResNet-RS; 0 in the paper's ablations and timm's
+  se_stages: tuple[str, ...] = ("c2", "c3")  # by the published parameter counts
   pointwise_products: bool = True
   num_classes: int | None = 1000  # number of classes; None: no head
-  # for each of c2 to c5: "all", "none" or block indices from zero
+  # for each of c2 to c5: "all", "none" or block indices from zero (appendix, architectures)
   lambda_blocks: tuple[tuple[int, ...] | str, ...] = ("none", "none", (3,), "all")
   lambda_layer: Mapping[str, Any] | None = None  # overrides of the fields of `LambdaLayer`
-  dropout_rate: float = 0.0  # dropout rate before the classifier
+  dropout_rate: float = 0.0  # before the classifier; 0.2 or 0.3 in the appendix's table
 
   @nn.compact
   def __call__(self, images: Float[Array, "b h w c"], *, train: bool = False) -> dict[str, Array]:

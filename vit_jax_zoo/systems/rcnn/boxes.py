@@ -23,14 +23,14 @@ from vit_jax_zoo.ops.checks import check_positive
 class Convention:
   """Details in which implementations differ; weights need those that they were trained with."""
 
-  anchors: str  # see `cell_anchors`
-  mask_paste: str = "exact"  # see `ops.mask_paste`
-  aligned: bool = False  # of RoIAlign, see `roi_align`
-  inclusive_boxes: bool = False  # RoIAlign gets boxes whose right and bottom are their last pixel
-  inclusive_threshold: bool = False  # NMS also suppresses at an IoU equal to the threshold
-  min_clipped_size: int = 0  # size in pixels that clipping leaves of a box outside the image
-  min_proposal_size: float = 0.0  # proposals with a smaller side, in pixels, are dropped
-  min_detection_size: float = 0.0  # detections with a smaller side, in pixels, are dropped
+  anchors: str  # see `cell_anchors` (all three)
+  mask_paste: str = "exact"  # see `ops.mask_paste` (Detectron's is another)
+  aligned: bool = False  # half-pixel shift of RoIAlign, see `roi_align` (Detectron2)
+  inclusive_boxes: bool = False  # RoIAlign's right and bottom are the last pixel (Detectron)
+  inclusive_threshold: bool = False  # NMS also at an IoU equal to the threshold (Detectron)
+  min_clipped_size: int = 0  # pixels that clipping leaves of a box outside the image (Detectron)
+  min_proposal_size: float = 0.0  # pixels; smaller proposals are dropped (torchvision)
+  min_detection_size: float = 0.0  # pixels; smaller detections are dropped (torchvision)
 
 
 CONVENTIONS = {

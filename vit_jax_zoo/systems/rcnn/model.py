@@ -78,13 +78,13 @@ class RCNN(nn.Module):
   num_classes: int = 90  # highest class id + 1; the last logit is the background
   backbone_kind: str = "resnet"  # name of the backbone, "resnet" or one registered by a system
   backbone: Mapping[str, Any] | None = None  # fields of the backbone; norms are frozen by default
-  levels: tuple[str, ...] = STAGES  # maps of the backbone to use, from fine to coarse
-  extra_levels: int = 1  # further coarse maps for large anchors, each the subsampled previous one
+  levels: tuple[str, ...] = STAGES  # maps of the backbone, fine to coarse (1612.03144, section 3)
+  extra_levels: int = 1  # further coarse maps, each the subsampled previous: P6 (1612.03144, 4.1)
   neck: str = "fpn"  # name of the neck, "fpn", "bfp" (bottom-up) or one registered by a system
   neck_fields: Mapping[str, Any] | None = None  # fields of the neck except `width`
   width: int = 256  # channels of the pyramid
-  anchor_sizes: tuple[float | int, ...] = (32, 64, 128, 256, 512)  # sqrt(area) of each level
-  aspect_ratios: tuple[float | int, ...] = (0.5, 1, 2)  # height / width of the anchors
+  anchor_sizes: tuple[float | int, ...] = (32, 64, 128, 256, 512)  # sqrt(area) (1612.03144, 4.1)
+  aspect_ratios: tuple[float | int, ...] = (0.5, 1, 2)  # height / width (1612.03144, section 4.1)
   # fields of `ProposalLimits`; a pair of values is (training, inference)
   proposals: Mapping[str, Any] | None = None
   convention: str = "torchvision"  # a key of `boxes.CONVENTIONS`
@@ -93,10 +93,10 @@ class RCNN(nn.Module):
   canonical_size: float | int = 224
   canonical_stride: int = 16
   adaptive: bool = False  # pools boxes from all levels (arXiv:1803.01534; FPT's official configs)
-  pool_size: int = 7  # side of the box head's input
-  mask_pool_size: int = 14  # side of the mask head's input; masks have twice this side
-  box_head: Mapping[str, Any] | None = None  # fields of `BoxHead`
-  mask_head: Mapping[str, Any] | None = None  # fields of `MaskHead`; None: no masks
+  pool_size: int = 7  # side of the box head's input (1612.03144, section 4.2)
+  mask_pool_size: int = 14  # of the mask head's input; masks have twice it (1703.06870, figure 4)
+  box_head: Mapping[str, Any] | None = None  # fields of `BoxHead`; FPT's official code has others
+  mask_head: Mapping[str, Any] | None = None  # of `MaskHead` (1703.06870); None: Faster R-CNN
   dtype: Dtype = "float32"  # of the computation; parameters, statistics, logits, boxes are float32
 
   def setup(self) -> None:

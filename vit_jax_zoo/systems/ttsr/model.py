@@ -42,9 +42,9 @@ SHARDING_RULES = ((r".*/bias", ()), (r".*", "fsdp"))
 class TTSR(nn.Module):
   """Enlarges an image four times with textures of a reference (figures 2 and 3)."""
 
-  width: int = 64  # channels of the maps
-  depths: tuple[int, int, int, int] = (16, 16, 8, 4)  # residual blocks before and in the stages
-  texture_widths: tuple[int, int, int] = (64, 128, 256)  # of the extractor's levels: VGG-19's
+  width: int = 64  # channels of the maps (released code's n_feats)
+  depths: tuple[int, int, int, int] = (16, 16, 8, 4)  # residual blocks (code's num_res_blocks)
+  texture_widths: tuple[int, int, int] = (64, 128, 256)  # of the extractor's levels (VGG-19's)
   dtype: Dtype = "float32"  # of the computation; parameters, search and output are float32
   scan_layers: bool = True  # of residual blocks
   block_size: tuple[int, int] = BLOCK_SIZE  # see `search.find_matches`
