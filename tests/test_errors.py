@@ -319,6 +319,22 @@ def test_old_flag_error_names_new_flag(program, monkeypatch, capsys):
   assert "error: --evaluate_only is now --eval_only\n" in capsys.readouterr().err
 
 
+def test_removed_field_error_names_replacement():
+  for flag, instead in (
+    ("--config.model.remat_stages=('c2',)", "remat_stages: .*accumulation_steps"),
+    ("--config.task.mix_per=example", "mix_per: .*'batch'"),
+  ):
+    with pytest.raises(ValueError, match=instead):
+      config_lib.load("configs/lambda_resnet.py", [flag])
+
+
+def test_saved_config_fields_removed():
+  saved = {"model": {"backbone": {"remat_stages": ["c2"]}}, "task": {"mix_per": "batch"}}
+  assert config_lib.rename_fields(saved) == {"model": {"backbone": {}}, "task": {}}
+  with pytest.raises(ValueError, match=r"task\.mix_per"):
+    config_lib.rename_fields({"task": {"mix_per": "example"}})
+
+
 def test_saved_config_fields_renamed():
   old = {
     "checkpoint": {"score_best": True},

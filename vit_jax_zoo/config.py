@@ -83,6 +83,14 @@ RENAMED = (
 """Patterns of the paths of renamed fields, and their new names; systems have more. Saved runs are
 read with the new names; config files and flags with an old one raise an error with the new one."""
 
+REMOVED = {
+  "model*.remat_stages": (..., "accumulation_steps reduces memory use"),
+  "model*.zero_init_last_scale": (..., "it is always True"),
+  "task.mix_per": ("batch", "it is always 'batch'"),
+}
+"""Patterns of the paths of removed fields, the value that saved runs must have (`...`: any, without
+effect on results), and what replaces the field; systems have more."""
+
 _FRACTIONS = ("eval_every", "every", "warmup_steps", "cooldown_steps", "timescale")
 """Counts of steps, in any section, that may be fractions of all steps."""
 
@@ -229,9 +237,18 @@ def _new_name(path: str) -> str | None:
   return next((new for old, new in (*RENAMED, *of_systems) if fnmatch.fnmatch(path, old)), None)
 
 
+def _removed(path: str) -> tuple[Any, str] | None:
+  """Returns the only value and the replacement of a removed field, else None."""
+  of_systems = {k: v for system in systems().values() for k, v in system.removed_fields.items()}
+  every = REMOVED | {k: (v, f"it is always {v!r}") for k, v in of_systems.items()}
+  return next((every[pattern] for pattern in every if fnmatch.fnmatch(path, pattern)), None)
+
+
 def _check_not_renamed(path: str, shown: str) -> None:
   if new := _new_name(path):
     raise ValueError(f"{shown} is now {shown.rpartition('.')[0]}.{new}")
+  if removed := _removed(path):
+    raise ValueError(f"{shown}: the field was removed; {removed[1]}")
 
 
 def _check_not_of_groups(config: ConfigDict, path: str) -> None:
@@ -244,11 +261,10 @@ def _check_not_of_groups(config: ConfigDict, path: str) -> None:
 def rename_fields(config: dict[str, Any], path: str = "") -> dict[str, Any]:
   """Returns the config of a saved run, as nested dicts, with the current field names."""
   current = {}
-  removed = {k: v for system in systems().values() for k, v in system.removed_fields.items()}
   for key, value in config.items():
     name = f"{path}{key}"
-    if name in removed:
-      if value != removed[name]:
+    if removed := _removed(name):
+      if removed[0] not in (..., value):
         raise ValueError(f"config.{name}: the field was removed; {value!r} is not supported")
       continue
     new = _new_name(name) or key

@@ -78,7 +78,7 @@ class System:
   heads: tuple[str, ...] = ()  # sub-trees that depend on the task; see `weights.finetune_init`
   # Patterns of the paths of renamed config fields, and their new names; see `config.RENAMED`.
   renamed_fields: tuple[tuple[str, str], ...] = ()
-  # Paths of removed fields of saved runs, and the values that they must have.
+  # Patterns of the paths of removed fields, and the values that they must have in saved runs.
   removed_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

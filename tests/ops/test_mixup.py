@@ -16,12 +16,12 @@ def examples():
   return rng.random((6, 10, 12, 3), np.float32), np.eye(6, dtype=np.float32)
 
 
-jitted = jax.jit(mix_examples, static_argnames="mixing")
+jitted = jax.jit(mix_examples, static_argnames=("mixing", "draws"))
 
 
-def mix(examples, mixing, seed=0, mask=ALL_ROWS):
+def mix(examples, mixing, seed=0, mask=ALL_ROWS, draws=1):
   images, targets = (jnp.asarray(x) for x in examples)
-  mixed = jitted(images, targets, jnp.asarray(mask), jax.random.key(seed), mixing)
+  mixed = jitted(images, targets, jnp.asarray(mask), jax.random.key(seed), mixing, draws)
   return [np.asarray(x) for x in mixed]
 
 
@@ -30,18 +30,18 @@ def many(examples, mixing, count=400):
   images, targets = (jnp.asarray(x) for x in examples)
 
   def once(rng):
-    return mix_examples(images, targets, jnp.asarray(ALL_ROWS), rng, mixing)
+    return mix_examples(images, targets, jnp.asarray(ALL_ROWS), rng, mixing, draws=6)
 
   return [
     np.asarray(x) for x in jax.jit(jax.vmap(once))(jax.random.split(jax.random.key(1), count))
   ]
 
 
-@pytest.mark.parametrize("unit", ["batch", "example"])
-def test_mixup_label_weighted_sum_of_neighbours(examples, unit):
-  images, targets = mix(examples, Mixing(mixup_alpha=0.8, unit=unit))
+@pytest.mark.parametrize("draws", [1, 6])
+def test_mixup_label_weighted_sum_of_neighbours(examples, draws):
+  images, targets = mix(examples, Mixing(mixup_alpha=0.8), draws=draws)
   weights = np.diag(targets)
-  assert (np.ptp(weights) == 0) == (unit == "batch")
+  assert (np.ptp(weights) == 0) == (draws == 1)
   np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-6)
   for i in range(6):
     assert targets[i, i - 1] == pytest.approx(1 - weights[i], abs=1e-6)
@@ -50,7 +50,7 @@ def test_mixup_label_weighted_sum_of_neighbours(examples, unit):
 
 
 def test_mixup_weights_folded_beta(examples):
-  _, targets = many(examples, Mixing(mixup_alpha=0.2, unit="example"), 2000)
+  _, targets = many(examples, Mixing(mixup_alpha=0.2), 2000)
   weights = np.diagonal(targets, axis1=1, axis2=2)
   assert weights.min() >= 0.5
   # E[max(a, 1 - a)] of Beta(0.2, 0.2), by an independent sample.
@@ -59,9 +59,9 @@ def test_mixup_weights_folded_beta(examples):
   assert (weights > 0.99).mean() == pytest.approx((np.abs(beta - 0.5) > 0.49).mean(), abs=0.02)
 
 
-@pytest.mark.parametrize("unit", ["batch", "example"])
-def test_cutmix_labels_are_pixel_fractions(examples, unit):
-  images, targets = mix(examples, Mixing(cutmix_alpha=1.0, unit=unit), seed=4)
+@pytest.mark.parametrize("draws", [1, 6])
+def test_cutmix_labels_are_pixel_fractions(examples, draws):
+  images, targets = mix(examples, Mixing(cutmix_alpha=1.0), seed=4, draws=draws)
   for i in range(6):
     own = (images[i] == examples[0][i]).all(axis=-1)
     other = (images[i] == examples[0][i - 1]).all(axis=-1)
@@ -73,7 +73,7 @@ def test_cutmix_labels_are_pixel_fractions(examples, unit):
 
 
 def test_cutmix_box_area_distribution(examples):
-  _, targets = many(examples, Mixing(cutmix_alpha=1.0, unit="example"))
+  _, targets = many(examples, Mixing(cutmix_alpha=1.0))
   weights = np.diagonal(targets, axis1=1, axis2=2)
   # Boxes of the published algorithm, drawn one by one.
   rng, expected = np.random.default_rng(0), []
@@ -90,9 +90,7 @@ def test_cutmix_box_area_distribution(examples):
 
 
 def test_mixing_frequencies(examples):
-  mixing = Mixing(
-    mixup_alpha=1.0, cutmix_alpha=1.0, probability=0.6, cutmix_fraction=0.25, unit="example"
-  )
+  mixing = Mixing(mixup_alpha=1.0, cutmix_alpha=1.0, probability=0.6, cutmix_fraction=0.25)
   images, targets = many(examples, mixing)
   untouched = (images == examples[0]).all(axis=(2, 3, 4))
   pure = ((images == examples[0]) | (images == np.roll(examples[0], 1, axis=0))).all(axis=(2, 3, 4))
@@ -123,7 +121,6 @@ def test_is_on():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"unit": "exmple"}, "'example'"),
     ({"mixup_alpha": -0.2}, "mixup_alpha: -0"),
     ({"probability": 2.0}, "mix_probability"),
     ({"cutmix_fraction": -1}, "cutmix_fraction"),

@@ -118,8 +118,7 @@ def train(task, batch, mesh, devices):
 @pytest.mark.slow
 def test_mixing_independent_of_mesh(batch, tiny_classifier):
   task = create_task(
-    "classification", tiny_classifier(), num_classes=7, mixup_alpha=0.8, cutmix_alpha=1.0,
-    mix_per="example",
+    "classification", tiny_classifier(), num_classes=7, mixup_alpha=0.8, cutmix_alpha=1.0
   )  # fmt: skip
   expected = train(task, batch, {"data": 1}, 1)
   got = train(task, batch, {"data": 2, "fsdp": 4}, 8)

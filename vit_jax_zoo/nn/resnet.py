@@ -189,7 +189,6 @@ class Bottleneck(nn.Module):
   drop_path_rate: float = 0.0
   activation: str = "relu"
   stride_in_1x1: bool = False  # as in the 2015 paper and Caffe's weights
-  zero_init_last_scale: bool = True  # starts as identity (arXiv:1706.02677, section 5.1)
   pointwise_products: bool = False  # see `ConvNorm`
   dtype: Dtype = "float32"
 
@@ -199,8 +198,8 @@ class Bottleneck(nn.Module):
     first_stride, stride = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
     y = self._conv(self.width, 1, first_stride, name="conv1")(x, train=train)
     y = self.spatial(y, stride, train=train)
-    zero = self.zero_init_last_scale
-    last = self._conv(4 * self.width, 1, activation=None, zero_init_scale=zero, name="conv3")
+    # Starts as identity (arXiv:1706.02677, section 5.1).
+    last = self._conv(4 * self.width, 1, activation=None, zero_init_scale=True, name="conv3")
     y = last(y, train=train)
     if self.se_ratio:
       y = SqueezeExcite(self.se_ratio, self.dtype, name="se")(y)
@@ -235,24 +234,22 @@ class ResNet(nn.Module):
 
   blocks: tuple[int, ...] = RESNET_BLOCKS[50]  # per stage
   widths: tuple[int, ...] = (64, 128, 256, 512)  # bottleneck channels; outputs: four times as many
-  stem: str = "conv7"  # see `Stem`
+  stem: str = "conv7"  # torchvision's weights; other kinds with their sources: `Stem`
   stem_width: int = 64  # output channels of the stem
-  shortcut: str = "conv"
-  se_ratio: float = 0.0
+  shortcut: str = "conv"  # torchvision's and timm's weights; "avg_pool": ResNet-D and -RS
+  se_ratio: float = 0.0  # torchvision's weights; 0.25: ResNet-RS
   se_stages: tuple[str, ...] = STAGES  # stages with squeeze-and-excitation
   activation: str = "relu"
   norm: str = "batch_norm"  # a kind of `norm_factory`
-  norm_momentum: float = 0.9  # weight of the old running averages
+  norm_momentum: float = 0.9  # of running averages; 0.9999 in arXiv:2102.08602, tables 3 to 5
   norm_epsilon: float = 1e-5
   # 32; 16, 8 or 4 replace strides of the last stages by dilation, as in torchvision: a stage's
   # first block has the dilation of the previous stage (DC5: 16)
   output_stride: int = 32
-  stride_in_1x1: bool = False
-  drop_path_rate: float = 0.0  # of the last block, linear from 0 in the first
-  zero_init_last_scale: bool = True
+  stride_in_1x1: bool = False  # True: Caffe's weights, of FPT's official detectors too
+  drop_path_rate: float = 0.0  # of the last block, linear from 0 (arXiv:2102.08602, appendix)
   # off for detectors, whose training curves are compared with the reference's step by step
   pointwise_products: bool = False
-  remat_stages: tuple[str, ...] = ()  # stages with activation checkpointing of their blocks
   dtype: Dtype = "float32"  # of the computation; parameters and statistics are float32
 
   @nn.compact
@@ -274,17 +271,16 @@ class ResNet(nn.Module):
     stem = Stem(self.stem, self.stem_width, make_norm, self.activation, self.dtype, name="stem")
     x = stem(x, train=train)
     rates = iter(drop_path_rates(self.drop_path_rate, sum(self.blocks)))
-    names = ("shortcut", "activation", "stride_in_1x1", "zero_init_last_scale", "dtype")
-    shared = {name: getattr(self, name) for name in (*names, "pointwise_products")}
+    names = ("shortcut", "activation", "stride_in_1x1", "pointwise_products", "dtype")
+    shared = {name: getattr(self, name) for name in names}
     features = {}
     for stage, width, strides in zip(STAGES, self.widths, self._strides(), strict=True):
-      se_ratio, remat = self.se_ratio * (stage in self.se_stages), stage in self.remat_stages
+      se_ratio = self.se_ratio * (stage in self.se_stages)
       of_stage = {**shared, "width": width, "norm": make_norm, "se_ratio": se_ratio}
-      call = nn.remat(_call_block, static_argnums=(2,)) if remat else _call_block
       for index, (stride, dilation) in enumerate(strides):
         own = {"stride": stride, "dilation": dilation, "drop_path_rate": next(rates)}
         block = self.block(stage, index, **of_stage, **own, name=f"{stage}_block{index}")
-        x = shard_batch(call(block, x, train))
+        x = shard_batch(block(x, train=train))
       features[stage] = x
     return features
 
@@ -313,15 +309,10 @@ class ResNet(nn.Module):
     """Raises ValueError for fields that are unknown or do not fit together."""
     for field, known in (("stem", STEMS), ("shortcut", SHORTCUTS), ("activation", ACTIVATIONS)):
       check_names(field, [getattr(self, field)], known)
-    check_names("stage", (*self.se_stages, *self.remat_stages), STAGES)
+    check_names("stage", self.se_stages, STAGES)
     for field in ("blocks", "widths"):
       if (count := len(getattr(self, field))) != len(STAGES):
         raise ValueError(f"{field}: {count} entries; expected four, for c2 to c5")
     check_positive(self, "blocks", "widths", "stem_width")
     if self.output_stride not in (4, 8, 16, 32):
       raise ValueError(f"output_stride: {self.output_stride}; expected 4, 8, 16 or 32")
-
-
-def _call_block(block: nn.Module, x: jax.Array, train: bool) -> jax.Array:  # noqa: FBT001
-  # `train` is positional: `nn.remat` identifies static arguments by position.
-  return block(x, train=train)

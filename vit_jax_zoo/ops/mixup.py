@@ -11,10 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vit_jax_zoo.errors import check_names
-
-UNITS = ("batch", "example")
-
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
@@ -24,10 +20,8 @@ class Mixing:
   cutmix_alpha: float | int | None = None  # of CutMix's Beta distribution; None or 0: no CutMix
   probability: float | int = 1.0  # of mixing (timm's `mixup_prob`)
   cutmix_fraction: float | int = 0.5  # of CutMix if both are on (timm's `mixup_switch_prob`)
-  unit: str = "batch"  # of one draw: "batch" (big_vision, timm) or "example" (timm's `elem`)
 
   def __post_init__(self) -> None:
-    check_names("unit of mixing", [self.unit], UNITS)
     alphas = {"mixup_alpha": self.mixup_alpha, "cutmix_alpha": self.cutmix_alpha}
     for field, alpha in alphas.items():
       if alpha is not None and alpha < 0:
@@ -49,9 +43,13 @@ def mix_examples(
   mask: Bool[Array, " b"],
   rng: jax.Array,
   mixing: Mixing,
+  draws: int = 1,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b k"]]:
-  """Returns images and targets (label weights), mixed alike; padding and its successor are not."""
-  fractions, from_self = _draw(rng, images.shape[0], (images.shape[1], images.shape[2]), mixing)
+  """Returns images and targets (label weights), mixed alike; padding and its successor are not.
+
+  One draw serves the whole batch (big_vision, timm's default), or each of `b` draws an example.
+  """
+  fractions, from_self = _draw(rng, draws, (images.shape[1], images.shape[2]), mixing)
   whole = ~(mask & jnp.roll(mask, 1))
   fractions = jnp.where(whole, 1.0, fractions)
   from_self = jnp.where(whole[:, None, None], 1.0, from_self)[..., None]
@@ -63,10 +61,9 @@ def mix_examples(
 
 
 def _draw(
-  rng: jax.Array, count: int, size: tuple[int, int], mixing: Mixing
-) -> tuple[Float[Array, " b"], Float[Array, "b h w"]]:
-  """Samples the weight of each example in its label and in each of its pixels."""
-  draws = 1 if mixing.unit == "batch" else count
+  rng: jax.Array, draws: int, size: tuple[int, int], mixing: Mixing
+) -> tuple[Float[Array, " n"], Float[Array, "n h w"]]:
+  """Samples weights of an example in its label and in each of its pixels."""
   kind_rng, mix_rng, mixup_rng, cutmix_rng = jax.random.split(rng, 4)
   ones = jnp.ones((draws, *size), jnp.float32)
   fractions, pixels = jnp.ones(draws, jnp.float32), ones
@@ -82,9 +79,7 @@ def _draw(
     fractions = jnp.where(cut, cut_fractions, fractions)
     pixels = jnp.where(cut[:, None, None], cut_pixels, pixels)
   mixed = jax.random.uniform(mix_rng, (draws,)) < mixing.probability
-  fractions = jnp.where(mixed, fractions, 1.0)
-  pixels = jnp.where(mixed[:, None, None], pixels, 1.0)
-  return jnp.broadcast_to(fractions, (count,)), jnp.broadcast_to(pixels, (count, *size))
+  return jnp.where(mixed, fractions, 1.0), jnp.where(mixed[:, None, None], pixels, 1.0)
 
 
 def _cut(

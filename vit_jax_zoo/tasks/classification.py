@@ -48,7 +48,6 @@ class Classification(base.Task):
   cutmix_alpha: float | int | None = None  # None: off
   mix_probability: float | int = 1.0
   cutmix_fraction: float | int = 0.5  # probability of CutMix if both alphas are set
-  mix_per: str = "batch"  # one draw per micro-batch, or per "example"
   image_mean: float | tuple[float, ...] = 0.5  # see `normalize_images`; 0.5 and 0.5: [-1, 1]
   image_std: float | tuple[float, ...] = 0.5
   class_names: tuple[str, ...] = ()  # for figures and per-class scores
@@ -171,16 +170,16 @@ class Classification(base.Task):
 
   @property
   def _mixing(self) -> Mixing:
-    rates = self.mixup_alpha, self.cutmix_alpha, self.mix_probability, self.cutmix_fraction
-    return Mixing(*rates, self.mix_per)
+    alphas = self.mixup_alpha, self.cutmix_alpha
+    return Mixing(*alphas, self.mix_probability, self.cutmix_fraction)
 
   def _mixed_pixels(self, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the first examples mixed, each with a draw of its own, for the figure."""
     images, labels = images[:_DRAWN], labels[:_DRAWN]
     mask, pixels = jnp.ones(len(images), bool), jnp.asarray(images, jnp.float32)
     targets = self._targets(jnp.asarray(labels), mask)
-    mixing = dataclasses.replace(self._mixing, unit="example")
-    mixed, targets = mix_examples(pixels, targets, mask, jax.random.key(0), mixing)
+    rng = jax.random.key(0)
+    mixed, targets = mix_examples(pixels, targets, mask, rng, self._mixing, len(images))
     return np.asarray(mixed), np.asarray(targets)
 
   @property

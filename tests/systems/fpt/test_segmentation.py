@@ -13,7 +13,6 @@ TINY = {
   "width": 8,
   "kernel_sizes": (1, 3),
   "window": 3,
-  "transformer": {"ground_parts": 2},
   "backbone": {
     "blocks": (1, 1, 1, 1),
     "widths": (4, 4, 4, 4),

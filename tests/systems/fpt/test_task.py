@@ -179,7 +179,7 @@ def tiny():
   """The task with a small network of the paper, its variables, and its loss with gradients."""
   model = create_model(
     "fpt_segmentation_r50", num_classes=3, width=8, kernel_sizes=(1, 3), window=3,
-    transformer={"ground_parts": 2}, dropout_rate=0.0,
+    dropout_rate=0.0,
     backbone={"blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 4), "stem_width": 4},
   )  # fmt: skip
   task = create_task("semantic_segmentation", model, num_classes=3)
@@ -269,3 +269,6 @@ def test_old_config_fields_are_renamed():
   old = {"model": {"flavor": "paper", "neck_fields": {"flavor": "official"}}}
   new = {"model": {"variant": "paper", "neck_fields": {"variant": "official"}}}
   assert rename_fields(old) == new
+  assert rename_fields({"model": {"transformer": {"ground_parts": 4}}}) == {
+    "model": {"transformer": {}}
+  }

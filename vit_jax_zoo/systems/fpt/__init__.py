@@ -21,6 +21,7 @@ SYSTEM = System(
   parts=("fpt_pyramid",),
   renamed_fields=(("model.*flavor", "variant"),),
   removed_fields={
+    "model*.ground_parts": 4,
     "model.neck_fields.rendering": "head",
     "model.neck_fields.drop_block_size": 3,
     "model.transformer.drop_block_size": 3,

@@ -251,8 +251,7 @@ class FeaturePyramidTransformer(nn.Module):
   # norm after lateral and joining convolutions, see `conv_norm`; group norm has 32 groups.
   # "official" always has batch norm inside.
   norm: str = "none"
-  self_parts: int = 2  # softmaxes in the self-transformers' mixtures; N of section 3.2
-  ground_parts: int = 4  # softmaxes in the paper's grounding transformers' mixtures (section 3.3)
+  self_parts: int = 2  # N of the self-transformers (section 3.2); read from official weights
   window: int | None = None  # of locality-constrained grounding (section 3.3); None: all positions
   lateral: bool = True  # 1x1 convolutions of the levels to `width` channels; not in segmentation
   drop_block_rate: float = 0.0  # of the outputs in training; the paper lists DropBlock
@@ -304,7 +303,7 @@ class FeaturePyramidTransformer(nn.Module):
     if self.variant == "official":
       return OfficialGroundingTransformer(self.width, self.dtype, name=name)(x, coarse, train=train)
     fields = {"window": self.window, "block_elements": self.block_elements, "dtype": self.dtype}
-    return GroundingTransformer(self.width, self.ground_parts, **fields, name=name)(x, coarse)
+    return GroundingTransformer(self.width, **fields, name=name)(x, coarse)
 
   def _render(
     self, name: str, x: Float[Array, "b h w d"], fine: Array, *, train: bool
