@@ -1,14 +1,13 @@
-"""Draws docs/six.png, and its parts docs/systems/*.png: the systems at work after their demos.
+"""Draws docs/six.png and its parts docs/systems/*.png from runs of the six demos.
 
     for system in vit igpt lambda_resnet detr ttsr fpt; do
       python -m vit_jax_zoo.main --config=configs/$system.py
     done
     python docs/make_pictures.py
 
-Each run is loaded as `predict` loads it, and used on images that it has not seen in training.
-`--run=fpt=runs/fpt_demo_mask` takes another run, here one that has masks; one that is missing is
-named, and its place says how to make it. In place of a run's folder there may be a picture that the
-run has written, a PNG in its `figures`, which is then shown as it is.
+Runs are loaded as by `predict` and applied to test images. `--run=fpt=runs/fpt_demo_mask` takes
+another run, here one with masks, or a PNG of a run's `figures`, which is drawn unchanged. In place
+of a missing run, the picture has the command that trains it.
 """
 
 import argparse
@@ -39,19 +38,19 @@ from vit_jax_zoo.systems.ttsr.psnr_ssim import psnr_y
 
 COLUMNS = 6
 TILE, GAP = 0.92, 0.07  # inches
-LEFT, RIGHT, BETWEEN = 0.95, 0.3, 0.45  # of a panel: the rows' names; the page's edge; two panels
-HEAD, CAPTION, BELOW = 0.82, 0.22, 0.12  # above the tiles; below each row; below a panel
+LEFT, RIGHT, BETWEEN = 0.95, 0.3, 0.45  # width of the row labels; right margin; between panels
+HEAD, CAPTION, BELOW = 0.82, 0.22, 0.12  # height of the headings; of captions; below a panel
 QUIET = "#5b6067"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-  """A picture in the grid.
+  """An image of the grid.
 
   Attributes:
     pixels: uint8 [h w 3].
-    caption: below it.
-    boxes: left, top, right, bottom in pixels of the picture, and a colour.
+    caption: text below it.
+    boxes: (left, top, right, bottom) in pixels, and a color.
   """
 
   pixels: np.ndarray
@@ -61,19 +60,19 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-  """One system.
+  """The panel of one system.
 
   Attributes:
-    system: its name.
-    claim: what there is to be seen, in a line.
-    run: the folder that its demo writes.
-    command: what makes that.
-    rows: the names of the two rows.
-    tiles: draws them, two rows of `COLUMNS`.
+    system: name of the system.
+    subtitle: the task, in one line.
+    run: folder of the demo's run.
+    command: command that trains it.
+    rows: labels of the two rows.
+    tiles: function of the run's folder that returns two rows of `COLUMNS` tiles.
   """
 
   system: str
-  claim: str
+  subtitle: str
   run: str
   command: str
   rows: tuple[str, str]
@@ -83,64 +82,63 @@ class Panel:
 def examples(source: str, indices: Sequence[int]) -> list[dict[str, Any]]:
   """Returns test examples with their images decoded, uint8 [h w 3]."""
   test = load_source(source, "test")
-  found = []
+  decoded = []
   for index in indices:
     example = dict(test[index])
     for key in ("image", "reference"):
       if key in example:
         with Image.open(io.BytesIO(example[key])) as opened:
           example[key] = np.array(opened.convert("RGB"))
-    found.append(example)
-  return found
+    decoded.append(example)
+  return decoded
 
 
-def darken(image: np.ndarray, weights: np.ndarray, least: float = 0.0) -> np.ndarray:
-  """Returns the image, lit where the weights are large."""
+def compute(function: Callable[..., Any], variables: Any, batch: dict[str, np.ndarray]) -> Any:
+  """Returns the numpy arrays that a task's jitted function computes for a batch."""
+  return jax.device_get(jax.jit(function)(variables, batch))
+
+
+def shade(image: np.ndarray, weights: np.ndarray, minimum: float = 0.0) -> np.ndarray:
+  """Returns the image times the weights, which are resized to it and scaled to [minimum, 1]."""
   small = max(image.shape[:2]) < 64
   method = cv2.INTER_NEAREST if small else cv2.INTER_LINEAR
-  light = cv2.resize(np.asarray(weights, np.float32), image.shape[1::-1], interpolation=method)
-  light = np.clip(light / max(float(light.max()), 1e-9), 0, 1)[..., None]
-  return np.rint(image * (least + (1 - least) * light)).astype(np.uint8)
+  scale = cv2.resize(np.asarray(weights, np.float32), image.shape[1::-1], interpolation=method)
+  scale = np.clip(scale / max(float(scale.max()), 1e-9), 0, 1)[..., None]
+  return np.rint(image * (minimum + (1 - minimum) * scale)).astype(np.uint8)
 
 
-def explained_digits(run: str) -> tuple[dict[str, Any], list[str]]:
-  """Returns what a classifier of digits shows of six of them, and what it takes them for."""
+def explain_digits(run: str) -> tuple[list[Tile], dict[str, np.ndarray]]:
+  """Returns six test digits with a classifier's predictions, and the model's explanation."""
   trained = load(run)
   digits = examples("demo:digits", [40, 80, 115, 190, 260, 330])
   images = np.stack([np.asarray(trained.prepare(digit["image"])["image"]) for digit in digits])
-  seen = jax.device_get(jax.jit(trained.task.explain)(trained.variables, {"image": images}))
-  names = [str(label) for label in seen["label"]]
-  true = [str(digit["label"]) for digit in digits]
-  said = [n if n == t else f"{n} (is {t})" for n, t in zip(names, true, strict=True)]
-  return seen, said
+  found = compute(trained.task.explain, trained.variables, {"image": images})
+  tiles = []
+  for image, label, digit in zip(found["image"], found["label"], digits, strict=True):
+    caption = str(label) if label == digit["label"] else f"{label} (truth {digit['label']})"
+    tiles.append(Tile(image, caption))
+  return tiles, found["explanation"]
 
 
 def vit(run: str) -> list[list[Tile]]:
-  """Digits, named; and where the Transformer looked."""
-  seen, names = explained_digits(run)
-  pictures, maps = seen["image"], seen["explanation"].looked_at
-  return [
-    [Tile(image, name) for image, name in zip(pictures, names, strict=True)],
-    [Tile(darken(image, looked)) for image, looked in zip(pictures, maps, strict=True)],
-  ]
+  """Digits with predictions; the digits times the attention rollout."""
+  digits, explanation = explain_digits(run)
+  shaded = [shade(x.pixels, map_) for x, map_ in zip(digits, explanation["rollout"], strict=True)]
+  return [digits, [Tile(pixels) for pixels in shaded]]
 
 
 def lambda_resnet(run: str) -> list[list[Tile]]:
-  """Digits, named; and how strongly the lambda of each place acts, in the last finest map."""
-  seen, names = explained_digits(run)
-  lambdas = seen["explanation"].lambdas
+  """Digits with predictions; norms of the position lambdas of the last layer on the finest map."""
+  digits, explanation = explain_digits(run)
+  lambdas = explanation["lambdas"]
   norms = lambdas[max(lambdas, key=lambda name: (lambdas[name].size, name))]
-  light = [(x - x.min()) / max(float(x.max() - x.min()), 1e-9) for x in norms]
-  colors = [np.rint(255 * colormaps["viridis"](x)[..., :3]).astype(np.uint8) for x in light]
-  pictures = seen["image"]
-  return [
-    [Tile(image, name) for image, name in zip(pictures, names, strict=True)],
-    [Tile(color) for color in colors],
-  ]
+  scaled = [(x - x.min()) / max(float(x.max() - x.min()), 1e-9) for x in norms]
+  colors = [np.rint(255 * colormaps["viridis"](x)[..., :3]).astype(np.uint8) for x in scaled]
+  return [digits, [Tile(color) for color in colors]]
 
 
 def igpt(run: str) -> list[list[Tile]]:
-  """Two halves of digits, each completed four times, and what was there."""
+  """Upper halves of two digits, four sampled completions of each, the originals."""
   predictor = create_predictor(load(run), Options(samples=4, seed=1))
   return [_completions(predictor, digit["image"]) for digit in examples("demo:digits", [46, 298])]
 
@@ -150,78 +148,74 @@ def _completions(predictor: Any, image: np.ndarray) -> list[Tile]:
   side = strip.shape[0]
   gap = (strip.shape[1] - COLUMNS * side) // (COLUMNS - 1)
   cells = [strip[:, i * (side + gap) : i * (side + gap) + side] for i in range(COLUMNS)]
-  return [Tile(cell, name) for cell, name in zip(cells, ("given", *["drawn"] * 4, "truth"))]  # noqa: B905
+  return [Tile(cell, name) for cell, name in zip(cells, ("prefix", *["sample"] * 4, "original"))]  # noqa: B905
 
 
-def _scenes(trained: Trained, task: Any, indices: Sequence[int]) -> list[tuple[Any, ...]]:
-  """Returns scenes of the test set, and what was found in each."""
-  predict, found = jax.jit(task.predict), []
+def _detect(trained: Trained, task: Any, indices: Sequence[int]) -> list[tuple[Any, ...]]:
+  """Returns test scenes, each with its predictions."""
+  results = []
   for scene in examples("demo:scenes", indices):
     image = scene["image"]
-    prepared = trained.prepare(image)
     batch = {
-      "image": np.asarray(prepared["image"])[None],
+      "image": np.asarray(trained.prepare(image)["image"])[None],
       "original_size": np.array([image.shape[:2]], np.int32),
     }
-    seen = jax.device_get(predict(trained.variables, batch))
-    found.append((image, {key: value[0] for key, value in seen.items()}))
-  return found
+    found = compute(task.predict, trained.variables, batch)
+    results.append((image, {key: value[0] for key, value in found.items()}))
+  return results
 
 
-def _sure(found: dict[str, np.ndarray], threshold: float = 0.7) -> np.ndarray:
-  sure = found["scores"] >= threshold
-  if "is_object" in found:
-    sure &= found["is_object"]
-  return np.flatnonzero(sure)
+def _confident(found: dict[str, np.ndarray], threshold: float = 0.7) -> np.ndarray:
+  return np.flatnonzero(found["is_object"] & (found["scores"] >= threshold))
 
 
-def _said(found: dict[str, np.ndarray], sure: np.ndarray, names: Sequence[str]) -> str:
-  left_to_right = sure[np.argsort(found["boxes_xyxy"][sure][:, 0], kind="stable")]
+def _boxes(found: dict[str, np.ndarray], rows: np.ndarray) -> list[tuple[np.ndarray, str]]:
+  boxes, labels = found["boxes_xyxy"][rows], found["labels"][rows]
+  return [(box, COLORS[i % len(COLORS)]) for box, i in zip(boxes, labels, strict=True)]
+
+
+def _names(found: dict[str, np.ndarray], rows: np.ndarray, names: Sequence[str]) -> str:
+  left_to_right = rows[np.argsort(found["boxes_xyxy"][rows][:, 0], kind="stable")]
   return " ".join(names[int(label)] for label in found["labels"][left_to_right])
 
 
 def detr(run: str) -> list[list[Tile]]:
-  """Scenes with boxes; and where the query of the surest box looked."""
+  """Scenes with detections; attention of the query with the highest score."""
   trained = load(run)
   task = dataclasses.replace(trained.task, draw_attention=True)  # type: ignore[type-var]
   rows: list[list[Tile]] = [[], []]
-  for image, found in _scenes(trained, task, range(2, 2 + COLUMNS)):
-    sure = _sure(found)
-    boxes = [
-      (box, COLORS[label % len(COLORS)])
-      for box, label in zip(found["boxes_xyxy"][sure], found["labels"][sure], strict=True)
-    ]
-    rows[0].append(Tile(image, _said(found, sure, trained.task.class_names), boxes))
-    best = int(np.argmax(found["scores"]))
-    color = COLORS[found["labels"][best] % len(COLORS)]
-    lit = darken(image, found["attention"][best], least=0.15)
-    rows[1].append(Tile(lit, "", [(found["boxes_xyxy"][best], color)]))
+  for image, found in _detect(trained, task, range(2, 2 + COLUMNS)):
+    confident = _confident(found)
+    names = _names(found, confident, trained.task.class_names)
+    rows[0].append(Tile(image, names, _boxes(found, confident)))
+    best = np.argmax(found["scores"], keepdims=True)
+    shaded = shade(image, found["attention"][best[0]], minimum=0.15)
+    rows[1].append(Tile(shaded, "", _boxes(found, best)))
   return rows
 
 
 def fpt(run: str) -> list[list[Tile]]:
-  """Scenes; and the masks that were found in them (boxes, of a run without masks)."""
+  """Scenes; detections, with their masks if the run has them."""
   trained = load(run)
   rows: list[list[Tile]] = [[], []]
-  for image, found in _scenes(trained, trained.task, range(8, 8 + COLUMNS)):
-    sure = _sure(found)
-    said = _said(found, sure, trained.task.class_names)
-    colors = [COLORS[label % len(COLORS)] for label in found["labels"][sure]]
-    boxes = found["boxes_xyxy"][sure]
+  for image, found in _detect(trained, trained.task, range(8, 8 + COLUMNS)):
+    confident = _confident(found)
+    boxes = _boxes(found, confident)
     painted = image.astype(np.float64)
     if "box_masks" in found:
-      size = (image.shape[0], image.shape[1])
-      masks = paste_masks(found["box_masks"][sure].astype(float), boxes.astype(float), size)
-      for mask, color in zip(masks, colors, strict=True):
+      masks = found["box_masks"][confident].astype(float)
+      corners = found["boxes_xyxy"][confident].astype(float)
+      pasted = paste_masks(masks, corners, (image.shape[0], image.shape[1]))
+      for mask, (_, color) in zip(pasted, boxes, strict=True):
         painted[mask] = 0.3 * painted[mask] + 0.7 * 255 * np.array(to_rgb(color))
     rows[0].append(Tile(image))
-    drawn = list(zip(boxes, colors, strict=True))
-    rows[1].append(Tile(np.rint(painted).astype(np.uint8), said, drawn))
+    names = _names(found, confident, trained.task.class_names)
+    rows[1].append(Tile(np.rint(painted).astype(np.uint8), names, boxes))
   return rows
 
 
 def ttsr(run: str) -> list[list[Tile]]:
-  """Two pictures: small, enlarged by bicubic interpolation and by TTSR, truth, reference."""
+  """Two images: input, bicubic, TTSR, truth, reference, the difference of TTSR and bicubic."""
   trained, rows = load(run), []
   for example in examples("demo:stereo", [1, 4]):
     truth, reference = example["image"], example["reference"]
@@ -232,12 +226,12 @@ def ttsr(run: str) -> list[list[Tile]]:
     left, other = (max((x.shape[1] - side) // 2, 0) for x in (truth, reference))
     square = slice(left, left + side)
     tiles = [
-      Tile(small[:, left // 4 : (left + side) // 4], "given"),
+      Tile(small[:, left // 4 : (left + side) // 4], "input"),
       Tile(bicubic[:, square], f"bicubic {psnr_y(bicubic, truth):.1f} dB"),
       Tile(np.asarray(result)[:, square], f"TTSR {psnr_y(np.asarray(result), truth):.1f} dB"),
       Tile(truth[:, square], "truth"),
       Tile(reference[:, other : other + side], "reference"),
-      Tile(_difference(np.asarray(result), bicubic)[:, square], "what it added"),
+      Tile(_difference(np.asarray(result), bicubic)[:, square], "TTSR - bicubic"),
     ]
     rows.append(tiles)
   return rows
@@ -250,34 +244,34 @@ def _difference(image: np.ndarray, other: np.ndarray) -> np.ndarray:
 TRAIN = "python -m vit_jax_zoo.main --config=configs/"
 PANELS = (
   Panel(
-    "ViT", "names digits of 8×8 pixels, and shows where it looked", "vit_demo",
-    f"{TRAIN}vit.py", ("picture", "attention,\nrolled out"), vit,
+    "ViT", "classifies digits of 8×8 pixels", "vit_demo",
+    f"{TRAIN}vit.py", ("prediction", "attention\nrollout"), vit,
   ),
   Panel(
-    "iGPT", "draws the lower half, pixel by pixel", "igpt_demo",
-    f"{TRAIN}igpt.py", ("a digit", "another"), igpt,
+    "iGPT", "completes the lower half, pixel by pixel", "igpt_demo",
+    f"{TRAIN}igpt.py", ("digit 1", "digit 2"), igpt,
   ),
   Panel(
-    "LambdaResNet", "names them without attention, through lambdas", "lambda_resnet_demo",
-    f"{TRAIN}lambda_resnet.py", ("picture", "norm of\nlambdas"), lambda_resnet,
+    "LambdaResNet", "classifies digits with lambda layers", "lambda_resnet_demo",
+    f"{TRAIN}lambda_resnet.py", ("prediction", "norm of\nposition\nlambdas"), lambda_resnet,
   ),
   Panel(
-    "DETR", "finds the digits in a scene, each by one query", "detr_demo",
-    f"{TRAIN}detr.py", ("boxes", "where the\nsurest\nlooked"), detr,
+    "DETR", "detects each digit by one query", "detr_demo",
+    f"{TRAIN}detr.py", ("detections", "attention\nof the top\nquery"), detr,
   ),
   Panel(
-    "TTSR", "enlarges four times, with textures of a reference", "ttsr_demo",
-    f"{TRAIN}ttsr.py", ("a part", "another"), ttsr,
+    "TTSR", "4x super-resolution with a reference image", "ttsr_demo",
+    f"{TRAIN}ttsr.py", ("image 1", "image 2"), ttsr,
   ),
   Panel(
-    "FPT", "finds them on a pyramid whose levels see each other", "fpt_demo",
-    f"{TRAIN}fpt.py", ("picture", "found"), fpt,
+    "FPT", "feature pyramid with attention across levels", "fpt_demo",
+    f"{TRAIN}fpt.py", ("image", "detections"), fpt,
   ),
 )  # fmt: skip
 
 
 def compose(panels: Sequence[Panel], runs: dict[str, str]) -> Figure:
-  """Draws all panels, two in a row."""
+  """Draws all panels, two in a row; `runs` are paths by `Panel.run`."""
   panel_width = LEFT + COLUMNS * TILE + (COLUMNS - 1) * GAP
   panel_height = HEAD + 2 * (TILE + CAPTION) + BELOW
   width = 2 * panel_width + BETWEEN + 0.25 + RIGHT
@@ -300,13 +294,13 @@ def _draw_panel(figure: Figure, corner: tuple[float, float], panel: Panel, run: 
     figure.text(x / width, y / height, text, **{"va": "top", "ha": "left", **style})
 
   write(left, top - 0.2, panel.system, fontsize=15, weight="bold")
-  write(left, top - 0.47, panel.claim, fontsize=10.5, color=QUIET)
+  write(left, top - 0.47, panel.subtitle, fontsize=10.5, color=QUIET)
   if not pathlib.Path(run).exists():
-    print(f"{panel.system}: {run} is not there; run {panel.command}")  # noqa: T201
-    write(left, top - HEAD, f"not yet run: {panel.command}", fontsize=10, color=QUIET)
+    print(f"{panel.system}: {run} not found; run {panel.command}")  # noqa: T201
+    write(left, top - HEAD, f"not run: {panel.command}", fontsize=10, color=QUIET)
     return
   if pathlib.Path(run).is_file():
-    _draw_whole(figure, corner, run)
+    _draw_file(figure, corner, run)
     return
   for row, (name, tiles) in enumerate(zip(panel.rows, panel.tiles(run), strict=True)):
     bottom = top - HEAD - row * (TILE + CAPTION) - TILE
@@ -318,8 +312,8 @@ def _draw_panel(figure: Figure, corner: tuple[float, float], panel: Panel, run: 
       write(x + TILE / 2, bottom - 0.045, tile.caption, fontsize=8.5, ha="center")
 
 
-def _draw_whole(figure: Figure, corner: tuple[float, float], path: str) -> None:
-  """Draws a picture that a run has written, as large as the panel's tiles allow."""
+def _draw_file(figure: Figure, corner: tuple[float, float], path: str) -> None:
+  """Draws an image file, scaled to the panel."""
   width, height = figure.get_size_inches()
   with Image.open(path) as opened:
     pixels = np.array(opened.convert("RGB"))
@@ -348,21 +342,21 @@ def _draw_tile(ax: Axes, tile: Tile) -> None:
 
 
 def main() -> None:
-  """Reads the command line, and writes the picture."""
+  """Parses the command line and writes the pictures."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--runs", default="runs", help="the folder in which the demos' runs lie")
+  parser.add_argument("--runs", default="runs", help="folder of the demos' runs")
   parser.add_argument(
-    "--run", action="append", default=[], metavar="SYSTEM=FOLDER", help="a run from elsewhere"
+    "--run", action="append", default=[], metavar="SYSTEM=PATH", help="another run, or a PNG"
   )
   parser.add_argument("--output", default="docs/six.png")
   given = parser.parse_args()
   runs = {panel.run: str(pathlib.Path(given.runs, panel.run)) for panel in PANELS}
   systems = {panel.system.lower().replace("resnet", "_resnet"): panel.run for panel in PANELS}
   for text in given.run:
-    system, _, folder = text.partition("=")
-    if system not in systems or not folder:
-      parser.error(f"--run={text}: write one of {', '.join(systems)}, =, and a folder")
-    runs[systems[system]] = folder
+    system, _, path = text.partition("=")
+    if system not in systems or not path:
+      parser.error(f"--run={text}; expected SYSTEM=PATH, SYSTEM one of {', '.join(systems)}")
+    runs[systems[system]] = path
   figure = compose(PANELS, runs)
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png")
@@ -373,7 +367,7 @@ def main() -> None:
 
 
 def save_panels(path: str) -> None:
-  """Writes each panel of the picture by itself, `systems/<system>.png` beside it."""
+  """Writes each panel of the picture to `systems/<system>.png` beside it."""
   folder = pathlib.Path(path).parent / "systems"
   folder.mkdir(exist_ok=True)
   with Image.open(path) as picture:
