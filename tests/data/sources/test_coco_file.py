@@ -455,6 +455,13 @@ class TestPanoptic:
     assert next(iter(batches))["mask"].tolist() == [False, True]
     assert str(png) in caplog.text
 
+  def test_jpeg_segment_image_raises(self, tmp_path):
+    source = self.write(tmp_path, self.CATEGORIES, self.SEGMENTS)
+    (tmp_path / "annotations" / "panoptic_train" / "1.png").write_bytes(encode(photo(40, 60)))
+    specs = [dict(name="load_objects", segment_map=True, as_annotated=True)]
+    with pytest.raises(ValueError, match=r"1\.png: segment image is JPEG"):
+      batch_of(source, build_transforms([*specs, dict(name="pad_objects")]))
+
   def test_stuff_ids_below_things_raise(self, tmp_path):
     categories = [{**c, "isthing": 1 - c["isthing"]} for c in self.CATEGORIES]
     with pytest.raises(ValueError, match="category 2 is a thing"):

@@ -283,6 +283,9 @@ def test_mostly_ignored_label_map_warns(tmp_path, caplog):
     ([0, 1, 1, 2], dict(offset=-1, ignore=(0,)), "0 in 25.0%", "INFO"),
     ([0, 0, 0, 0, 0, 7, 255, 255], {}, "255 in 25.0%", "WARNING"),
     ([0, 1, 1, 255], {}, "255 in 25.0%", "INFO"),
+    ([0, 1], dict(offset=-1, ignore=(0,)), "0 in 50.0%", "WARNING"),
+    ([0, 1, 2], dict(offset=-1, ignore=(0,)), "0 in 33", "WARNING"),
+    ([0, *[1] * 9], dict(offset=-1, ignore=(0,)), "0 in 10", "WARNING"),  # one class is left
   ],
 )
 def test_ignored_values_logged(tmp_path, caplog, values, fields, named, level):
@@ -290,6 +293,30 @@ def test_ignored_values_logged(tmp_path, caplog, values, fields, named, level):
   with caplog.at_level("INFO"):
     batches_of(write_masks(tmp_path, values), **fields)
   assert [r.levelname for r in caplog.records if named in r.getMessage()] == [level]
+
+
+@pytest.mark.parametrize(
+  ("image", "options", "named"),
+  [
+    (Image.fromarray(labels(height=8, width=12)), dict(format="JPEG"), "JPEG"),
+    (Image.fromarray(labels(height=8, width=12)), dict(format="JPEG2000"), "JPEG"),
+    (
+      Image.fromarray(labels(height=8, width=12)), dict(format="TIFF", compression="jpeg"), "JPEG",
+    ),
+    (Image.fromarray(np.full((8, 12), 1.7, np.float32)), dict(format="TIFF"), "fraction"),
+    (Image.fromarray(np.full((8, 12), np.nan, np.float32)), dict(format="TIFF"), "fraction"),
+  ],
+)  # fmt: skip
+def test_label_maps_not_of_integers_raise(tmp_path, image, options, named):
+  source = write_masks(tmp_path, [0, 1])
+  files = sorted((tmp_path / "annotations" / "train").iterdir())
+  image.save(files[1], **options)
+  with pytest.raises(CorruptExampleError, match=rf"1\.png: label map is .*{named}"):
+    next(iter(batches_of(source)))
+  for file in files:
+    image.save(file, **options)
+  with pytest.raises(ValueError, match=rf"0\.png: label map is .*{named}"):  # before training
+    batches_of(load_source(f"segmentation:{tmp_path}", "train"))
 
 
 @pytest.mark.parametrize(("one", "other"), [("train", "training"), ("test", "testing")])

@@ -179,6 +179,8 @@ def decode_segments(png: bytes, example: Example) -> Int[np.ndarray, "h w"]:
   decoded.
   """
   object_ids = example["object_ids"]
+  if png.startswith(b"\xff\xd8"):
+    raise CorruptExampleError("segment image is JPEG, which changes ids; expected a PNG file")
   try:
     image_size(png)  # refuses sizes above the limit by the header
     image = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)

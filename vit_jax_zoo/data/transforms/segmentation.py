@@ -49,7 +49,10 @@ class LoadLabelMap(TargetTransform):
     self.check("classes", ok, "different values from 0")
 
   def for_source(self, source: Source) -> Transform:
-    """Checks a sample of label maps; ValueError for masks whose foreground would be ignored."""
+    """Checks a sample of label maps.
+
+    ValueError if none can be read, or for masks whose foreground would be ignored.
+    """
     counts = _sample_values(source)
     if set(counts) == {0, IGNORE} and not self.classes:
       raise ValueError(
@@ -59,7 +62,8 @@ class LoadLabelMap(TargetTransform):
     ignored = {value: n for value, n in counts.most_common() if self._ignored(value)}
     total, valid = counts.total(), sum(n for v, n in counts.items() if v and v not in ignored)
     if ignored:
-      suspect = 2 * sum(ignored.values()) > total or ignored.get(IGNORE, 0) > valid
+      suspect = 4 * sum(ignored.values()) > total or ignored.get(IGNORE, 0) > valid
+      suspect |= len(counts) - len(ignored) < 2
       values = ", ".join(f"{value} in {n / total:.1%}" for value, n in [*ignored.items()][:10])
       text = f"{source.info.name}: ignored values in a sample of label maps: {values} of the pixels"
       text += "; check load_label_map's ignore, offset and classes"
@@ -107,14 +111,18 @@ _log_once = functools.cache(logging.log)
 def _sample_values(source: Source) -> collections.Counter[int]:
   """Returns the values in a sample of a source's label maps, with their numbers of pixels."""
   counts: collections.Counter[int] = collections.Counter()
-  for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLE).astype(int)).tolist():
+  failures = []  # a few are reported when they are loaded
+  indices = np.unique(np.linspace(0, len(source) - 1, _SAMPLE).astype(int)).tolist()
+  for index in indices:
     try:
       example = source[index]
       if "label_map" in example:
         values, numbers = np.unique(_decode(example["label_map"]), return_counts=True)
         counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
-    except (CorruptExampleError, OSError):
-      continue  # reported when it is loaded
+    except (CorruptExampleError, OSError) as error:
+      failures.append(f"{source.example_name(index)}: {error}")
+  if failures and len(failures) == len(indices):
+    raise ValueError(failures[0])
   return counts
 
 
@@ -130,12 +138,18 @@ def _decode(data: bytes) -> Int[np.ndarray, "h w"]:
   """Returns the values in a PNG file: gray levels, or indices of a palette."""
   try:
     with Image.open(io.BytesIO(data)) as image:
+      codec = f"{image.format} {image.info.get('compression')}".upper()
       values = np.array(image)  # Pillow keeps palettes' indices, OpenCV does not
   except Exception as error:  # decoders raise many types
     raise CorruptExampleError(f"label map cannot be decoded ({len(data)} bytes)") from error
   if values.ndim != 2:
     channels = values.shape[2]
     raise CorruptExampleError(f"label map has {channels} channels; expected one, with class ids")
+  if "JPEG" in codec or "MPO" in codec or values.dtype.kind == "f":
+    found = (
+      "numbers with a fraction" if values.dtype.kind == "f" else "JPEG, which changes class ids"
+    )
+    raise CorruptExampleError(f"label map is {found}; expected a PNG file of integers")
   return values.astype(np.int64)
 
 
