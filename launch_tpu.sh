@@ -11,7 +11,7 @@
 #   delete   delete the slice
 #   all      create, setup, run, follow, delete. After a preemption: create again, and resume from
 #            the last checkpoint. Deletes after a failure or Ctrl-C too, but never a slice that
-#            existed before. Only follows a run that is under way (after the terminal was closed).
+#            existed before, or whose state gcloud cannot tell. Only follows a run under way.
 #
 # Options
 #   --name=NAME        name of the slice
@@ -40,21 +40,18 @@ worker_install() {
   tar -xzf ~/vit_jax_zoo.tar.gz
   export PATH="$HOME/.local/bin:$PATH"
   if ! command -v uv >/dev/null; then curl -LsSf https://astral.sh/uv/install.sh | sh; fi
-  # The images have Python 3.10; uv downloads a version that the package supports.
-  if [[ ! -x .venv/bin/python ]]; then uv venv --python '>=3.11,<3.14' .venv; fi
+  if [[ ! -x .venv/bin/python ]]; then uv venv --python '>=3.11,<3.14' .venv; fi # images have 3.10
   uv pip install -e '.[tpu]'
 }
 
 # Prints status=, and none, running, other (running with other flags) or the exit status of main.
 worker_status() {
+  local state=running
   cd ~/vit_jax_zoo 2>/dev/null || true
-  if [[ -s run.status ]] || ! kill -0 "$(cat run.pid 2>/dev/null)" 2>/dev/null; then
-    echo "status=$(cat run.status 2>/dev/null || echo none)"
-  elif (($#)) && [[ $(printf '%q ' "$@") != "$(cat run.args)" ]]; then
-    echo status=other
-  else
-    echo status=running
-  fi
+  if (($#)) && [[ $(printf '%q ' "$@") != "$(cat run.args 2>/dev/null)" ]]; then state=other; fi
+  kill -0 "$(cat run.pid 2>/dev/null)" 2>/dev/null || state=none
+  if [[ -s run.status ]]; then state=$(cat run.status); fi
+  echo "status=$state"
 }
 
 worker_start() {
@@ -164,9 +161,14 @@ start() {
 }
 
 all() {
+  local state
   until create && start && follow; do
-    sleep 15 # a worker may stop before Cloud TPU reports the preemption; 143: main got a SIGTERM
-    if [[ $STATES != *143* && $(slice_state) != PREEMPTED ]] || ((RETRIES == 0)); then return 1; fi
+    for _ in 1 2 3 4 5; do # gcloud may fail
+      sleep 15 # a worker may stop before Cloud TPU reports the preemption; 143: main got a SIGTERM
+      if state=$(slice_state); then break; else state=UNKNOWN; fi
+    done
+    if [[ $state == UNKNOWN ]]; then note "$NAME: its state is unknown" && KEEP=1 && return 1; fi
+    if [[ $STATES != *143* && $state != PREEMPTED ]] || ((RETRIES == 0)); then return 1; fi
     RETRIES=$((RETRIES - 1)) STATES=""
     note "the run was interrupted: resuming it (and at most $RETRIES times more)"
   done
@@ -224,10 +226,8 @@ if [[ $COMMAND == all || $COMMAND == create ]]; then
     *) die "--type='$TYPE': expected generation and size, such as --type=v5litepod-16" ;;
   esac
 fi
-if [[ $COMMAND == all || $COMMAND == run ]]; then
-  [[ " $* " == *" --config="* && " $* " == *" --workdir=gs://"* ]] ||
-    die "flags of main: expected -- --config=configs/vit.py:VARIANT --workdir=gs://BUCKET/FOLDER"
-fi
+[[ ! $COMMAND =~ ^(all|run)$ || " $* " == *" --config="* && " $* " == *" --workdir=gs://"* ]] ||
+  die "flags of main: expected -- --config=configs/vit.py:VARIANT --workdir=gs://BUCKET/FOLDER"
 [[ -n $DRY_RUN ]] || command -v gcloud >/dev/null ||
   die "gcloud not found; install the Google Cloud CLI: https://cloud.google.com/sdk/docs/install"
 cd "$(dirname "${BASH_SOURCE[0]}")"

@@ -118,6 +118,24 @@ def test_terminated_run_resumes_on_same_slice(tpu):
   assert len(tpu.runs()) == 4
 
 
+def test_preempted_run_resumes_after_failed_queries(tpu):
+  tpu.set(behaviours="suspended ok", broken_after_preemption=3)
+  result = tpu.launch("all", *SLICE, "--spot", "--", *MAIN)
+  assert result.returncode == 0, result.stderr
+  assert len(tpu.calls("create")) == len(tpu.calls("delete")) == 2
+  assert "worker0, run 2: step 1\nworker0: done\n" in result.stdout
+  assert not tpu.exists
+
+
+def test_slice_in_unknown_state_not_deleted(tpu):
+  tpu.set(behaviours="suspended", broken_after_preemption=99)
+  result = tpu.launch("all", *SLICE, "--spot", "--", *MAIN)
+  assert result.returncode == 1
+  assert tpu.exists
+  assert not tpu.calls("delete")
+  assert "delete --name=vit --zone=us-central2-b" in result.stderr
+
+
 def test_retries_exceeded(tpu):
   tpu.set(behaviours="suspended")
   result = tpu.launch("all", *SLICE, "--retries=2", "--", *MAIN)

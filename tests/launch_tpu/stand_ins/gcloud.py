@@ -56,6 +56,8 @@ def show():
     print("Listed 0 items.", file=sys.stderr)
     return
   print(read("node") or "READY" if kind == "tpu-vm" else states[0])
+  if states[0] == "SUSPENDED" and read("broken_after_preemption"):
+    (STATE / "broken_after_preemption").rename(STATE / "broken_lists")
   if kind == "queued-resources" and len(states) > 1:
     write("request", " ".join(states[1:]))
 
