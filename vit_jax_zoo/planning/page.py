@@ -182,7 +182,9 @@ default level, so the time bounds are omitted, and needs somewhat more or less m
 is certain only with `JAX_OPTIMIZATION_LEVEL=O1`. "Step" and "days" are lower bounds, not forecasts,
 under these assumptions:
 
-{assumptions}
+{assumptions};
+* rows compiled before 2026-11-30 do not count prefetches of slices to on-chip memory: their memory
+  bound is too low.
 
 `python -m vit_jax_zoo.plan --config=configs/vit.py:b16_imagenet --topology=v5e:4x4` prints such a
 plan, in more detail, for any config and slice; `--search` chooses a mesh. `docs/slices.toml` lists
@@ -199,7 +201,7 @@ def page() -> str:
   """Returns the text of docs/PLANS.md."""
   planned, without = rows()
   results = _stored()
-  lines = [HEAD.format(assumptions=";\n".join(f"* {text}" for text in ASSUMPTIONS) + ".")]
+  lines = [HEAD.format(assumptions=";\n".join(f"* {text}" for text in ASSUMPTIONS))]
   done = [row for row in planned if "peak" in results.get(row.key, {})]
   lines += [_progress([results[row.key] for row in done], len(planned)), ""]
   for system in dict.fromkeys(row.config.partition(":")[0] for row in planned):
