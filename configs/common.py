@@ -36,7 +36,8 @@ def build(
   Args:
     arg: `variant,field=value,...`; by default the first variant.
     variants: by name.
-    renamed: old names of variants -> new names; old ones are errors.
+    renamed: old names of variants -> new names, with the file if it has changed; old ones are
+      errors.
 
   Raises:
     ValueError: the variant, a field or a value is unknown or invalid.
@@ -147,15 +148,6 @@ def with_data_dir(config: ConfigDict, data_dir: str) -> ConfigDict:
     )
   for spec in prepared:
     spec.data_dir = data_dir or placeholder(str)
-  return config
-
-
-def for_few_images(config: ConfigDict) -> ConfigDict:
-  """Sets logs, evaluations, checkpoints and loader for runs of hundreds of steps on few images."""
-  with config.ignore_type():  # from a number of steps to a fraction
-    config.log_every, config.eval_every = 10, 0.05
-    config.checkpoint = {"every": 0.05, "keep": 1, "eval_best_at_end": True}
-    config.data.loader = {"num_workers": 0, "buckets": 3, "on_corrupt": "skip"}
   return config
 
 

@@ -284,7 +284,11 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
     config.data.eval.val.transforms[0]["run_lengths"] = 500_000
   is_panoptic = masks and backbone in PANOPTIC
   config.init_from = init_from or f"detr_{backbone}{'_panoptic' if is_panoptic else ''}_coco"
-  return common.for_few_images(config)
+  with config.ignore_type():  # from a number of steps to a fraction of the run
+    config.log_every, config.eval_every = 10, 0.05
+    config.checkpoint = {"every": 0.05, "keep": 1, "eval_best_at_end": True}
+    config.data.loader = {"num_workers": 0, "buckets": 3, "on_corrupt": "skip"}
+  return config
 
 
 def _torchvision_weights(backbone: str) -> str:

@@ -16,7 +16,6 @@ r"""FPT: boxes, masks and label maps from a feature pyramid with attention acros
 | faster_rcnn_r50_fpt_coco  _fpn_  _bfp_  r101_fpt | COCO          | up to 8.5 % more than bfp    |
 | mask_rcnn_r50_fpt_coco    _fpn_  _bfp_  r101_fpt | COCO          | up to 6.0 % more than bfp    |
 | faster_rcnn_r50_fpt_official_coco  mask_         | COCO          | -                            |
-| mask_rcnn_lambda_resnet_101_coco  152            | COCO          | 49.4/43.5, 50.0/43.9 AP      |
 | finetune                                         | your images   | depends                      |
 | demo_segmentation                                | scenes, 64x64 | mIoU 0.7                     |
 | segmentation_cityscapes _ade20k _voc _lip        | label maps    | 1.6, 1.7, 1.2, 2.0 points    |
@@ -42,7 +41,7 @@ from configs.common import variant_of
 
 def get_config(arg: str = "") -> ConfigDict:
   """Returns the config of `variant[,field=value...]`; the demo by default."""
-  return common.build(arg, VARIANTS)
+  return common.build(arg, VARIANTS, RENAMED)
 
 
 def demo(*, neck: str = "fpt", num_steps: int = 500, batch_size: int = 16) -> ConfigDict:
@@ -103,9 +102,10 @@ def demo_mask(*, neck: str = "fpt", num_steps: int = 500, batch_size: int = 16) 
   return config
 
 
-def coco(
+def coco(  # noqa: PLR0913  (each is a field that a command line may set)
   detector: str,
   *,
+  masks: bool,
   batch_size: int = 16,
   accumulation_steps: int = 1,
   drop_block_rate: float = 0.0,
@@ -131,7 +131,7 @@ def coco(
   Expected: up to 8.5 % (boxes) and 6.0 % (masks) more AP, relative to `bfp`'s, on test-dev.
   Not yet run here.
   """
-  masks, scale = detector.startswith("mask"), 16 / batch_size
+  scale = 16 / batch_size
   steps, boundaries = (180_000, (120_000, 160_000)) if masks else (120_000, (80_000, 100_000))
   config = ConfigDict({"seed": 0, "num_steps": round(steps * scale), "batch_size": batch_size})
   config.accumulation_steps, config.eval_batch_size = accumulation_steps, 16
@@ -143,10 +143,9 @@ def coco(
 
   sides = (1200, 1200, 1000, 800, 600, 400)  # one is drawn
   scale_jitter = {"name": "resize_shorter", "shorter": sides, "longest": 1400}
-  resize = {"name": "resize_shorter", "shorter": 1000, "longest": 1400}
   pad = {"name": "pad_objects"}
   train = [{"name": "load_objects", "masks": masks}, {"name": "random_flip"}, scale_jitter, pad]
-  val = [_ground_truth(masks=masks), resize, pad]
+  val = [_ground_truth(masks=masks), {**scale_jitter, "shorter": 1000}, pad]
   config.data = {
     "train": {"source": source, "split": "train", "transforms": train},
     "eval": {"val": {"source": source, "split": "validation", "transforms": val}},
@@ -160,58 +159,6 @@ def coco(
   config.optimizer.schedule = {"name": "step", "boundaries": boundaries, **warmup}
   config.optimizer.rules = (FROZEN_STEM, (".*/bias", {"learning_rate": 2.0}))
   config.recipe = common.recipe(batch_size=16, learning_rate=0.05)
-  config.log_every, config.eval_every = 50, 10_000
-  config.checkpoint = {"every": 2_000, "keep": 1}
-  return common.with_data_dir(config, data_dir)
-
-
-def lambda_coco(
-  depth: int,
-  *,
-  batch_size: int = 256,
-  accumulation_steps: int = 1,
-  source: str = "coco:/path",
-  data_dir: str = "",
-) -> ConfigDict:
-  """Mask R-CNN with a LambdaResNet backbone, on COCO from scratch.
-
-  Paper: arXiv:2102.08602, its COCO experiment: 1024x1024 pixels, 130,000 steps of batch 256,
-    learning rate 0.32 after 1000 steps of warm-up, / 10 after 90, 95 and 97.5 %; weight decay 4e-5;
-    batch norm trained, over all devices; large-scale jitter. Heads and pyramid are the standard
-    ones.
-  Differs from the paper: the shorter side is drawn from 512 to 2048 and cropped to 1024 (paper: 0.1
-    to 2.0 times the image, padded where smaller).
-  Hardware: about 128 TPU v3 cores; not stated.
-  Expected AP of boxes / masks on val2017: 101 49.4 / 43.5, 152 50.0 / 43.9; with a ResNet-101
-    48.2 / 42.6.
-  Not yet run here.
-  """
-  config = ConfigDict({"seed": 0, "num_steps": 130_000, "batch_size": batch_size})
-  config.accumulation_steps, config.eval_batch_size = accumulation_steps, 16
-  config.model = {"name": f"mask_rcnn_lambda_resnet_{depth}", "num_classes": placeholder(int)}
-  config.model.dtype = "bfloat16"
-  config.task = common.task("instance_detection")
-  config.task.update(backbone_file=placeholder(str), neck_file=placeholder(str))
-  config.task.update(rpn_inside_only=False, box_smooth_l1_beta=1 / 9)
-
-  scale = {"name": "random_scale_crop", "shorter": (1024,), "longest": 1024}
-  scale |= {"crop_probability": 1.0, "crop_from": tuple(range(512, 2049, 128))}
-  jitter = {**scale, "crop_sides": (512, 1024)}
-  resize = {"name": "resize_shorter", "shorter": 1024, "longest": 1024}
-  pad = {"name": "pad_objects"}
-  train = [{"name": "load_objects", "masks": True}, {"name": "random_flip"}, jitter, pad]
-  val = [_ground_truth(masks=True), resize, pad]
-  config.data = {
-    "train": {"source": source, "split": "train", "transforms": train},
-    "eval": {"val": {"source": source, "split": "validation", "transforms": val}},
-    "loader": {"num_workers": 8, "buckets": 6},
-  }
-
-  rate = common.scaled_rate("sgd", 0.32, batch_size, 256)
-  config.optimizer = {"name": "sgd", "learning_rate": rate, "momentum": 0.9, "weight_decay": 4e-5}
-  steps = {"boundaries": (0.9, 0.95, 0.975), "factors": (0.1, 0.1, 0.1)}
-  config.optimizer.schedule = {"name": "step", "warmup_steps": 1000, **steps}
-  config.recipe = common.recipe(batch_size=256, learning_rate=0.32)
   config.log_every, config.eval_every = 50, 10_000
   config.checkpoint = {"every": 2_000, "keep": 1}
   return common.with_data_dir(config, data_dir)
@@ -264,6 +211,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   config.data = {
     "train": {"source": source, "split": "train", "transforms": train},
     "eval": {"val": {"source": source, "split": "validation", "transforms": val}},
+    "loader": {"num_workers": 0, "buckets": 3, "on_corrupt": "skip"},
   }
 
   rate = learning_rate or common.scaled_rate("sgd", 0.005, batch_size, 4)
@@ -271,7 +219,9 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   config.optimizer.schedule = {"name": "step", "boundaries": (2 / 3, 8 / 9), "warmup_steps": 0.05}
   config.optimizer.rules = (FROZEN_STEM,)
   config.recipe = common.recipe(batch_size=4, learning_rate=0.005)
-  return common.with_data_dir(common.for_few_images(config), data_dir)
+  config.log_every, config.eval_every = 10, 0.05
+  config.checkpoint = {"every": 0.05, "keep": 1, "eval_best_at_end": True}
+  return common.with_data_dir(config, data_dir)
 
 
 def demo_segmentation(
@@ -417,7 +367,11 @@ def segmentation_finetune(  # noqa: PLR0913  (each is a field that a command lin
     config.data.train.class_names = config.data.eval.val.class_names = class_names
   config.optimizer.schedule.warmup_steps = 0.05
   config.recipe = common.recipe(batch_size=4, learning_rate=0.005)
-  return common.for_few_images(config)
+  with config.ignore_type():  # from a number of steps to a fraction of the run
+    config.log_every, config.eval_every = 10, 0.05
+    config.checkpoint = {"every": 0.05, "keep": 1, "eval_best_at_end": True}
+    config.data.loader = {"num_workers": 0, "buckets": 3, "on_corrupt": "skip"}
+  return config
 
 
 def _ground_truth(*, masks: bool) -> dict[str, Any]:
@@ -468,24 +422,24 @@ COPY = "coco:/path"
 VARIANTS = {
   "demo": demo,
   "demo_mask": demo_mask,
-  "faster_rcnn_r50_fpt_coco": variant_of(coco, detector="faster_rcnn_r50_fpt"),
-  "faster_rcnn_r50_fpn_coco": variant_of(coco, detector="faster_rcnn_r50_fpn"),
-  "faster_rcnn_r50_bfp_coco": variant_of(coco, detector="faster_rcnn_r50_bfp"),
-  "faster_rcnn_r101_fpt_coco": variant_of(coco, detector="faster_rcnn_r101_fpt", **R101),
-  "mask_rcnn_r50_fpt_coco": variant_of(coco, detector="mask_rcnn_r50_fpt", source=COPY),
-  "mask_rcnn_r50_fpn_coco": variant_of(coco, detector="mask_rcnn_r50_fpn", source=COPY),
-  "mask_rcnn_r50_bfp_coco": variant_of(coco, detector="mask_rcnn_r50_bfp", source=COPY),
+  "faster_rcnn_r50_fpt_coco": variant_of(coco, detector="faster_rcnn_r50_fpt", masks=False),
+  "faster_rcnn_r50_fpn_coco": variant_of(coco, detector="faster_rcnn_r50_fpn", masks=False),
+  "faster_rcnn_r50_bfp_coco": variant_of(coco, detector="faster_rcnn_r50_bfp", masks=False),
+  "faster_rcnn_r101_fpt_coco": variant_of(
+    coco, detector="faster_rcnn_r101_fpt", masks=False, **R101
+  ),
+  "mask_rcnn_r50_fpt_coco": variant_of(coco, detector="mask_rcnn_r50_fpt", masks=True, source=COPY),
+  "mask_rcnn_r50_fpn_coco": variant_of(coco, detector="mask_rcnn_r50_fpn", masks=True, source=COPY),
+  "mask_rcnn_r50_bfp_coco": variant_of(coco, detector="mask_rcnn_r50_bfp", masks=True, source=COPY),
   "mask_rcnn_r101_fpt_coco": variant_of(
-    coco, detector="mask_rcnn_r101_fpt", source=COPY, **R101
+    coco, detector="mask_rcnn_r101_fpt", masks=True, source=COPY, **R101
   ),
   "faster_rcnn_r50_fpt_official_coco": variant_of(
-    coco, detector="faster_rcnn_r50_fpt_official", **OFFICIAL
+    coco, detector="faster_rcnn_r50_fpt_official", masks=False, **OFFICIAL
   ),
   "mask_rcnn_r50_fpt_official_coco": variant_of(
-    coco, detector="mask_rcnn_r50_fpt_official", source=COPY, **OFFICIAL
+    coco, detector="mask_rcnn_r50_fpt_official", masks=True, source=COPY, **OFFICIAL
   ),
-  "mask_rcnn_lambda_resnet_101_coco": variant_of(lambda_coco, depth=101),
-  "mask_rcnn_lambda_resnet_152_coco": variant_of(lambda_coco, depth=152),
   "finetune": finetune,
   "demo_segmentation": demo_segmentation,
   "segmentation_cityscapes": variant_of(
@@ -512,3 +466,8 @@ VARIANTS = {
   ),
   "segmentation_finetune": segmentation_finetune,
 }  # fmt: skip
+
+RENAMED = {
+  name: f"configs/lambda_resnet.py:{name}"
+  for name in ("mask_rcnn_lambda_resnet_101_coco", "mask_rcnn_lambda_resnet_152_coco")
+}

@@ -105,11 +105,27 @@ def cufed(
     released code). The paper's own result, with all references, could not be checked here.
   Not yet run here.
   """
-  config = cufed_rec(source=source, vgg_file=vgg_file, init_from=init_from)
-  config.num_epochs = 52.0
+  config = ConfigDict({"seed": 0, "num_epochs": 52.0, "batch_size": 9, "eval_batch_size": 1})
+  config.model = {"name": "ttsr"}
+  config.task = {"name": "super_resolution", "vgg_file": vgg_file}
   config.task.update(perceptual_weight=1e-2, transferal_weight=1e-2, adversarial_weight=1e-3)
   config.task.update(begin_step=2 * STEPS_PER_EPOCH, discriminator_updates=2)
-  config.optimizer.discriminator = {**ADAM, "b1": 0.0, "b2": 0.9}
+  train = [{**PAIR, "reference_side": 160}, {"name": "random_pair_turn"}]
+  config.data = {
+    "train": {"source": source, "split": "train", "transforms": train},
+    "eval": {
+      "cufed5_level1": evaluation(source, reference="1"),
+      "cufed5_stitched": evaluation(source, reference="all"),
+    },
+    "loader": {"num_workers": 4},
+  }
+  config.optimizer = {
+    "generator": {**ADAM, "rules": SLOW_EXTRACTOR},
+    "discriminator": {**ADAM, "b1": 0.0, "b2": 0.9},
+  }
+  config.init_from = init_from or None
+  config.log_every, config.eval_every = 100, 10 * STEPS_PER_EPOCH
+  config.checkpoint = {"every": STEPS_PER_EPOCH, "keep": 1}
   return config
 
 

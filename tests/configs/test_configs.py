@@ -114,6 +114,18 @@ def test_data_dir_only_for_tfds(system, variant):
     resolve(system, f"{variant},source=folder:/images,data_dir=/data")
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_error_about_renamed_variant_names_an_existing_one(system):
+  module = importlib.import_module(f"configs.{system}")
+  for old, new in getattr(module, "RENAMED", {}).items():
+    with pytest.raises(ValueError, match=re.escape(f"{old!r} is now {new!r}")):
+      module.get_config(old)
+    file, _, variant = new.rpartition(":")
+    assert (
+      variant in importlib.import_module(f"configs.{pathlib.Path(file).stem or system}").VARIANTS
+    )
+
+
 @pytest.mark.parametrize(("system", "variant"), CASES)
 def test_docstring_entries(system, variant):
   page = importlib.import_module(f"configs.{system}").VARIANTS[variant]
