@@ -110,7 +110,7 @@ for module in pkgutil.walk_packages(vit_jax_zoo.__path__, "vit_jax_zoo."):
   if not module.name.endswith("__main__"):
     importlib.import_module(module.name)
 assert len(vit_jax_zoo.list_models()) > 10
-vit_jax_zoo.cli.run(vit_jax_zoo.main.main, parse=vit_jax_zoo.cli.parse_flags_and_overrides)
+vit_jax_zoo.cli.run(vit_jax_zoo.main.main)
 """
 
 

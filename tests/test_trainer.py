@@ -1,7 +1,5 @@
 """Runs of a config: fields from the data, outputs, resume, evaluation, errors."""
 
-import contextlib
-import fnmatch
 import functools
 import json
 import pathlib
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 from etils import epath
+from ml_collections import ConfigDict
 from PIL import Image
 
 import vit_jax_zoo
@@ -22,13 +21,16 @@ from tests.conftest import GOLDENS, system_module
 from vit_jax_zoo import cli, main, predict, trainer
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import run_metadata as run_config
-from vit_jax_zoo.builder import build
+from vit_jax_zoo.builder import Experiment, build
 from vit_jax_zoo.data import pipeline
 from vit_jax_zoo.training.checkpoint import restore_variables
+from vit_jax_zoo.training.compiled_steps import TrainingOptions
 from vit_jax_zoo.training.metric_writer import read_metrics
 
 system_module("vit")
 PACKAGE = pathlib.Path(vit_jax_zoo.__file__).parent
+RATE = 0.00125
+FLAG = f"--config.optimizer.learning_rate={RATE}"
 
 
 def tiny(**fields):
@@ -62,7 +64,8 @@ def _one_device():
 def first_run(tmp_path_factory):
   """Outcome, folder and calls of a run; its loop is the first to trace the step."""
   workdir = tmp_path_factory.mktemp("finished")
-  with pytest.MonkeyPatch.context() as patch, traced() as calls:
+  model, loop = "systems/vit/model.py:VisionTransformer.__call__", "training/loop.py:Loop.run"
+  with pytest.MonkeyPatch.context() as patch, Calls(has_image, model, loop) as calls:
     patch.setattr(trainer, "count_flops", lambda *_: 1.0)
     outcome = run(tiny(), workdir)
   return outcome, workdir, calls
@@ -356,57 +359,132 @@ def test_dataset_metadata_saved(finished):
   assert data.shapes["image"] == (8, 8, 3)
 
 
-@contextlib.contextmanager
-def traced():
-  """Collects (file, name) of the package's function calls, in all threads."""
-  calls, root = [], f"{PACKAGE}/"
+class Calls:
+  """Records the functions of the package, in all threads, through which a value passes to `last`.
 
-  def record(frame, event, _):
-    code = frame.f_code
-    if event == "call" and code.co_filename.startswith(root):
-      calls.append((code.co_filename.removeprefix(root), code.co_name))
+  They are those that return it, and those that have it in a variable and are on the stack when
+  `last` is called. `holds` tells whether an object has the value; in the main thread, only calls
+  within `first` are recorded.
+  """
 
-  threading.setprofile(record)
-  sys.setprofile(record)
-  try:
-    yield calls
-  finally:
+  def __init__(self, holds, last, first=None):
+    self.holds, self.last, self.first, self.found, self.is_done = holds, last, first, set(), False
+
+  def __enter__(self):
+    threading.setprofile(self._record)
+    sys.setprofile(self._record)
+    return self
+
+  def __exit__(self, *_):
     sys.setprofile(None)
     threading.setprofile(None)
 
+  def _record(self, frame, event, result):
+    if self.is_done:
+      sys.setprofile(None)
+      return
+    name = name_of(frame) if event in ("call", "return") else ""
+    if not name or not self._is_inside(frame):
+      return
+    if event == "return" and self.holds(result):
+      self.found.add(name)
+    if event == "call" and name == self.last:
+      self.is_done = True
+      stack = iter_stack(frame)
+      self.found |= {name_of(f) for f in stack if any(map(self.holds, f.f_locals.values()))} - {""}
 
-def traced_command(monkeypatch, *arguments, command, **options):
-  monkeypatch.setattr(sys, "argv", list(arguments))
+  def _is_inside(self, frame):
+    if self.first is None or threading.current_thread() is not threading.main_thread():
+      return True
+    return any(name_of(above) == self.first for above in iter_stack(frame))
+
+
+def iter_stack(frame):
+  while frame is not None:
+    yield frame
+    frame = frame.f_back
+
+
+def name_of(frame):
+  """Returns "file:function" of a function of the package; "" for others, and for comprehensions."""
+  file, name = frame.f_code.co_filename, frame.f_code.co_qualname.replace("<locals>.", "")
+  is_ours = file.startswith(f"{PACKAGE}/") and "<" not in name
+  return f"{file.removeprefix(f'{PACKAGE}/')}:{name}" if is_ours else ""
+
+
+def is_part_of_caller(name):
+  """Whether a function is a private helper with a single use."""
+  file, _, function = name.partition(":")
+  function = function.rpartition(".")[2]
+  uses = re.findall(rf"\b{function}\b", (PACKAGE / file).read_text())
+  return function.startswith("_") and not function.endswith("__") and len(uses) == 2
+
+
+def has_image(value):
+  """Whether a value is, or contains, an image of 8x8 pixels, encoded or not."""
+  if isinstance(value, dict):
+    return has_image(value.get("image"))
+  if isinstance(value, list | tuple):
+    return any(map(has_image, value))
+  if isinstance(value, bytes):
+    return value.startswith(b"\x89PNG") and value[16:24] == bytes([0, 0, 0, 8] * 2)
+  shape = getattr(value, "shape", None)
+  return isinstance(shape, tuple) and (shape == (8, 8) or shape[-3:-1] == (8, 8))
+
+
+def has_rate(value):
+  """Whether a value is, or contains, the flag of the learning rate or its value."""
+  if isinstance(value, Experiment):
+    return True
+  if isinstance(value, TrainingOptions):
+    value = value.optimizer
+  if isinstance(value, dict | ConfigDict):
+    return any(has_rate(value[key]) for key in ("learning_rate", "optimizer") if key in value)
+  if isinstance(value, list | tuple):
+    return any(map(has_rate, value))
+  return isinstance(value, float | str) and value in (RATE, FLAG)
+
+
+def called(monkeypatch, command, arguments, calls, **options):
+  monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
   monkeypatch.setattr(cli.malloc, "keep_freed_memory", lambda: None)
-  with flagsaver.flagsaver(), traced() as calls, pytest.raises(SystemExit) as ended:
+  with flagsaver.flagsaver(), calls, pytest.raises(SystemExit) as ended:
     cli.run(command, **options)
   assert ended.value.code == 0
-  return calls
+  return calls.found
 
 
-def test_call_lists_of_contributing(first_run, tmp_path, monkeypatch):
-  outcome, workdir, calls = first_run
+def assert_lists(heading, found, at_most):
+  """Checks that the numbered list below a heading of CONTRIBUTING has the functions of a run."""
   page = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
-  to_loss, to_effect, to_logits = re.split(r"\n(?=From a)", page.partition("## Add a ")[0])[-3:]
-  assert_called_in_order(to_loss, calls, at_most=20)
-
-  monkeypatch.setattr(trainer, "run", lambda *_: outcome)  # the rest of the list is in `calls`
-  arguments = ("main", "--config=configs/vit.py", "--config.optimizer.learning_rate=1e-3")
-  parse = cli.parse_flags_and_overrides
-  called = traced_command(monkeypatch, *arguments, command=main.main, parse=parse)
-  assert_called_in_order(to_effect, called + calls, at_most=10)
-
-  Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
-  arguments = ("predict", f"--model={workdir}", f"--output={tmp_path}", f"{tmp_path}/a.png")
-  defined = predict.define_flags
-  called = traced_command(monkeypatch, *arguments, command=predict.main, define_flags=defined)
-  assert_called_in_order(to_logits, called, at_most=15)
+  text = page.partition(heading)[2].partition("\n\n")[2].partition("\n\n")[0]
+  rows = re.findall(r"(?m)^\d+\. `([\w/*]+\.py:[\w.]+)`", text)
+  assert len(rows) == len(text.strip().split("\n")) <= at_most
+  assert sorted(rows) == sorted(name for name in found if not is_part_of_caller(name))
 
 
-def assert_called_in_order(text, calls, at_most):
-  """Checks that the calls include each `file:function` of a numbered list, in its order."""
-  assert 0 < len(re.findall(r"(?m)^\d+\. ", text)) <= at_most
-  left = iter(calls)
-  for pattern, function in re.findall(r"`([\w/*]+\.py):([\w.]+)`", text):
-    name = function.rpartition(".")[2]
-    assert any(fnmatch.fnmatch(file, pattern) and found == name for file, found in left), function
+def test_batch_to_loss_as_listed(first_run):
+  assert_lists("From an example's file to its loss", first_run[2].found, at_most=20)
+
+
+def test_flag_to_effect_as_listed(monkeypatch, tmp_path):
+  arguments = ("main", "--config=configs/vit.py", f"--workdir={tmp_path}", FLAG)
+  monkeypatch.setattr(trainer, "_initial_state", lambda *_: sys.exit(0))
+  calls = Calls(has_rate, "training/schedule.py:create_schedule")
+  found = called(monkeypatch, main.main, arguments, calls)
+  assert_lists("From a flag", found, at_most=10)
+
+
+def test_file_to_logits_as_listed(first_run, monkeypatch, tmp_path):
+  file = tmp_path / "a.png"
+  Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file)
+
+  def has_file(value):
+    if isinstance(value, list | tuple):
+      return any((isinstance(x, str) and x == str(file)) or has_file(x) for x in value)
+    return has_image(value) or (isinstance(value, pathlib.Path) and value == file)
+
+  arguments = ("predict", f"--model={first_run[1]}", f"--output={tmp_path}", file)
+  calls = Calls(has_file, "systems/vit/model.py:VisionTransformer.__call__")
+  found = called(monkeypatch, predict.main, arguments, calls, define_flags=predict.define_flags)
+  assert_lists("From an image file to its logits", found, at_most=15)

@@ -68,22 +68,21 @@ def one_line_errors(*, show_traceback: bool) -> Iterator[None]:
 def run(
   main: Callable[[Sequence[str]], int],
   define_flags: Callable[[], None] | None = None,
-  parse: Callable[[list[str]], list[str]] | None = None,
   renamed: Mapping[str, str] | None = None,
 ) -> None:
-  """Runs a command, exits with its status; `renamed` maps old flags (errors) to new ones."""
+  """Runs a command, exits with its status; `renamed` maps old flags (errors) to new ones.
 
-  def main_or_one_line(argv: Sequence[str]) -> int:
-    with one_line_errors(show_traceback=flags.FLAGS.traceback):
-      return main(argv)
+  If it has a flag `config`, overrides `--config.section.field=value` are arguments of `main`.
+  """
 
-  def parse_new(argv: list[str]) -> list[str]:
-    with one_line_errors(show_traceback="--traceback" in argv):
-      for argument in argv[1:]:
-        name = argument.lstrip("-").partition("=")[0]
-        if argument.startswith("-") and renamed and name in renamed:
-          raise ValueError(f"--{name} is now --{renamed[name]}")
-      return (parse or flags.FLAGS)(argv)
+  def parse(argv: list[str]) -> list[str]:
+    for argument in argv[1:]:
+      name = argument.lstrip("-").partition("=")[0]
+      if argument.startswith("-") and renamed and name in renamed:
+        raise ValueError(f"--{name} is now --{renamed[name]}")
+    overrides = [a for a in argv if a.startswith("-") and a.lstrip("-").startswith("config.")]
+    overrides = overrides if "config" in flags.FLAGS else []
+    return [*flags.FLAGS([a for a in argv if a not in overrides]), *overrides]
 
   malloc.keep_freed_memory()  # before log_plainly, whose libtpu settings resemble a TPU host's
   log_plainly()
@@ -92,13 +91,8 @@ def run(
     flags.DEFINE_bool("traceback", False, text, module_name=sys.argv[0])  # --help lists it
   if define_flags is not None:
     define_flags()
-  app.run(main_or_one_line, flags_parser=parse_new)
-
-
-def parse_flags_and_overrides(argv: list[str]) -> list[str]:
-  """Parses flags; returns the overrides of the config, `--config.section.field=value`."""
-  overrides = [a for a in argv if a.startswith("-") and a.lstrip("-").startswith("config.")]
-  return [*flags.FLAGS([a for a in argv if a not in overrides]), *overrides]
+  with one_line_errors(show_traceback="--traceback" in sys.argv):
+    app.run(main, flags_parser=parse)
 
 
 def log_plainly() -> None:

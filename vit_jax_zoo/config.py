@@ -134,8 +134,7 @@ def load(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
   if not hasattr(module, "get_config"):
     raise ValueError(f"--config={name}: defines no get_config(arg); see configs/vit.py")
   config = complete(module.get_config(choice) if choice else module.get_config())
-  apply_overrides(config, overrides)
-  return config
+  return apply_overrides(config, overrides)
 
 
 def complete(config: ConfigDict) -> ConfigDict:
@@ -165,14 +164,14 @@ def _dotted(path: str) -> str:
   return f"config.{path}".rstrip(".")
 
 
-def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
-  """Sets fields of a complete config, in place, by `ml_collections.config_flags`.
+def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+  """Sets fields of a complete config, in place, by `ml_collections.config_flags`; returns it.
 
   Overrides are `--config.section.field=value`: None, a value of the field's type, or, for lists and
   new fields (in `OPEN_SECTIONS`), a Python literal or a string. A new optimizer name drops the
   fields of the old one.
   """
-  optimizers = {path: section.name for path, section in _optimizers(config).items()}
+  optimizers = _optimizer_names(config)
   given = set()
   for flag in overrides:
     name, equals, text = flag.lstrip("-").partition("=")
@@ -191,13 +190,15 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
       values(argv)
     except (flags.Error, TypeError) as error:
       raise ValueError(str(error)) from None
-    for path, section in _optimizers(config).items():
-      fields = optimizer_fields(section.name)
+    for path, name in _optimizer_names(config).items():
+      section = functools.reduce(operator.getitem, path.split("."), config)
+      fields = optimizer_fields(name)
       dropped = [key for key in section if key not in fields and f"{path}.{key}" not in given]
-      if dropped and optimizers.get(path) != section.name:
+      if dropped and optimizers.get(path) != name:
         for key in dropped:
           del section[key]
-        logging.info("config.%s: %s has no %s; dropped", path, section.name, ", ".join(dropped))
+        logging.info("config.%s: %s has no %s; dropped", path, name, ", ".join(dropped))
+  return config
 
 
 def _prepare(config: ConfigDict, path: str, text: str) -> None:
@@ -254,7 +255,7 @@ def _check_not_renamed(path: str, shown: str) -> None:
 def _check_not_of_groups(config: ConfigDict, path: str) -> None:
   section, _, key = path.rpartition(".")
   if section == "optimizer" and "name" not in config.optimizer:
-    fields = " or ".join(f"--config.{group}.{key}" for group in _optimizers(config))
+    fields = " or ".join(f"--config.{group}.{key}" for group in _optimizer_names(config))
     raise ValueError(f"--config.{path}: this task has several optimizers; set {fields}")
 
 
@@ -274,11 +275,12 @@ def rename_fields(config: dict[str, Any], path: str = "") -> dict[str, Any]:
   return current
 
 
-def _optimizers(config: ConfigDict) -> dict[str, ConfigDict]:
+def _optimizer_names(config: ConfigDict) -> dict[str, str]:
+  """Returns the optimizer's name by the path of its section; several for optimizer groups."""
   if "name" in config.optimizer:
-    return {"optimizer": config.optimizer}
+    return {"optimizer": config.optimizer.name}
   sections = {f"optimizer.{group}": section for group, section in config.optimizer.items()}
-  return {k: s for k, s in sections.items() if isinstance(s, ConfigDict) and "name" in s}
+  return {k: s.name for k, s in sections.items() if isinstance(s, ConfigDict) and "name" in s}
 
 
 def check_values(config: ConfigDict) -> None:

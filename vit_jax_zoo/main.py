@@ -103,4 +103,4 @@ def _log_outcome(outcome: Outcome) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, parse=cli.parse_flags_and_overrides, renamed=RENAMED_FLAGS)
+  cli.run(main, renamed=RENAMED_FLAGS)

@@ -106,4 +106,4 @@ def _print(text: str) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, define_flags, cli.parse_flags_and_overrides)
+  cli.run(main, define_flags)

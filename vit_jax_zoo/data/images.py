@@ -224,25 +224,28 @@ overrides the names' "grayscale"; their color variants set BGR, which excludes R
 
 def _decode_fast(data: bytes, reduce: int, rows: int | None) -> Pixels | None:
   """Decodes plain JPEG and PNG files that end with their end marker, as Pillow does; else None."""
-  header = read_jpeg_header(data)
+  header, pixels, turn, to_srgb = read_jpeg_header(data), None, 1, None
   if header is not None:
     if header.channels not in (1, 3) or not data.endswith(_JPEG_END):
       return None  # OpenCV would accept a truncated file
-    to_srgb = None if header.icc is None else _srgb_transform(header.icc, "RGB")
-    if header.icc is not None and header.channels == 1 and _srgb_transform(header.icc, "L"):
+    mode = "L" if header.channels == 1 else "RGB"
+    to_srgb = None if header.icc is None else _srgb_transform(header.icc, mode)
+    if to_srgb is not None and header.channels == 1:
       return None
-    upright = header.orientation == 1
-    pixels = decode_rows(data, rows if upright else None) if reduce == 1 else None
-    if pixels is None:
-      pixels = _imdecode(data, reduce)
-    if pixels is not None and to_srgb is not None and header.channels == 3:
-      pixels = np.array(to_srgb.apply(Image.fromarray(pixels)))
-    if pixels is None or upright:
-      return pixels
-    return np.ascontiguousarray(orient(pixels, header.orientation))  # OpenCV takes no other
-  if data.startswith(_PNG_START) and data.endswith(_PNG_END) and _is_plain_png(data):
-    return _imdecode(data, reduce)
-  return None
+    turn = header.orientation
+    pixels = decode_rows(data, rows if turn == 1 else None) if reduce == 1 else None
+  elif not (data.startswith(_PNG_START) and data.endswith(_PNG_END) and _is_plain_png(data)):
+    return None
+  if pixels is None:
+    try:
+      pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _READ | _REDUCED[reduce])
+    except cv2.error:
+      return None
+  if pixels is not None and to_srgb is not None:
+    pixels = np.array(to_srgb.apply(Image.fromarray(pixels)))
+  if pixels is None or turn == 1:
+    return pixels
+  return np.ascontiguousarray(orient(pixels, turn))  # OpenCV takes no other
 
 
 def _is_plain_png(data: bytes) -> bool:
@@ -252,13 +255,6 @@ def _is_plain_png(data: bytes) -> bool:
   opaque = kind in (0, 2, 3)  # gray, RGB, palette
   small = width * height <= MAX_PIXELS
   return opaque and small and bits <= 8 and not any(extra in data for extra in _PNG_EXTRAS)
-
-
-def _imdecode(data: bytes, reduce: int) -> Pixels | None:
-  try:
-    return cv2.imdecode(np.frombuffer(data, np.uint8), _READ | _REDUCED[reduce])
-  except cv2.error:
-    return None
 
 
 def decode_rows(data: bytes, rows: int | None = None) -> Pixels | None:

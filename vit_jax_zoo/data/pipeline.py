@@ -12,6 +12,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import math
 import multiprocessing
 import os
@@ -338,7 +339,7 @@ class Loader:
     failures: Failures = []
     while len(failures) < MAX_REPLACEMENTS:
       try:
-        return self.load(index, rng), failures
+        return self._load(index, rng), failures
       except (CorruptExampleError, FileNotFoundError, PermissionError) as error:
         name, remedy = self.source.example_name(index), "set data.loader.on_corrupt='skip'"
         if self.on_corrupt == "error":
@@ -350,7 +351,7 @@ class Loader:
       index = int(rng.integers(len(self.source)))
     raise _all_corrupt(f"{MAX_REPLACEMENTS} examples of {self.source.info.name} in a row", failures)
 
-  def load(self, index: int, rng: np.random.Generator) -> Example:
+  def _load(self, index: int, rng: np.random.Generator) -> Example:
     """Returns the example as arrays, checked and transformed."""
     example, num_classes = self.source[index], self.num_classes or self.source.info.num_classes
     label = example.get("label", example.get("labels"))  # of an image, or those of its objects
@@ -404,7 +405,7 @@ class TrainBatches:
     """
     if self.plan is None:
       positions = range(number * self.size, (number + 1) * self.size)
-      rows, padded = map(self._at, positions), None
+      rows, padded = itertools.starmap(self.loader, map(self._draw, positions)), None
     else:
       step, host = divmod(number, self.hosts)
       positions, padded = self.plan(step)
@@ -414,11 +415,12 @@ class TrainBatches:
 
   def _row(self, positions: list[int], row: int) -> Loaded:
     """Returns the example of a row, or of the first following row whose example can be read."""
-    loaded = map(self._at, positions[row:] + positions[:row])
+    loaded = itertools.starmap(self.loader, map(self._draw, positions[row:] + positions[:row]))
     name = self.loader.source.info.name
     return _first_readable(loaded, f"all {len(positions)} examples of a batch of {name}")
 
-  def _at(self, position: int) -> Loaded:
+  def _draw(self, position: int) -> tuple[int, np.random.Generator]:
+    """Returns the index and the random numbers of the example at a position."""
     source_position = position
     if self.repeats > 1:
       # An example is repeated after all others of the batch: neighbors, which mixup mixes, differ.
@@ -426,7 +428,7 @@ class TrainBatches:
       different = self.size * self.hosts // self.repeats
       source_position = step * different + row % different
     index = shuffled_index(source_position, len(self.loader.source), self.seed)
-    return self.loader(index, RandomNumbers(self.seed).at(position))
+    return index, RandomNumbers(self.seed).at(position)
 
 
 @dataclasses.dataclass(frozen=True)

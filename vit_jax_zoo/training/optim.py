@@ -129,7 +129,7 @@ def create_optimizer(
   >>> optimizer.frozen
   {'head': {'kernel': False, 'bias': True}}
   """
-  fields = plain(config)
+  fields = dict(config)
   kind, direction = _direction_of(fields)
   flat = traverse_util.flatten_dict(plain(abstract_params), sep="/")
   settings = _settings_of(flat, _plain_rules(fields.get("rules") or ()))

@@ -53,7 +53,8 @@ def create_schedule(config: Config, num_steps: int) -> Schedule:
   >>> float(create_schedule(config, 100)(5))
   0.05...
   """
-  base = _positive_or_zero("learning_rate", config["learning_rate"])
+  _check_not_negative("learning_rate", config["learning_rate"])
+  base = float(config["learning_rate"])
   fields = plain(config.get("schedule") or {"name": "constant"})
   name = fields.pop("name", "constant")
   check_names("schedule", [name], _SCHEDULES)
@@ -63,7 +64,8 @@ def create_schedule(config: Config, num_steps: int) -> Schedule:
       f"schedule.warmup_steps: {warmup_steps} steps in a run of {num_steps}: the learning rate "
       f"does not reach {base:g}; lower it, or give a fraction of all steps, such as 0.05"
     )
-  start = _positive_or_zero("warmup_start", fields.pop("warmup_start", 0.0))
+  start = fields.pop("warmup_start", 0.0)
+  _check_not_negative("warmup_start", start)
   if start > 1:
     raise ValueError(f"warmup_start: {start}; expected a fraction of the rate, in [0, 1]")
   make = _SCHEDULES[name]
@@ -101,10 +103,9 @@ def fields_of(make: Callable[..., Any]) -> list[str]:
   return [p.name for p in parameters if p.default is not inspect.Parameter.empty]
 
 
-def _positive_or_zero(field: str, value: Any) -> float:
+def _check_not_negative(field: str, value: Any) -> None:
   if not isinstance(value, int | float) or not 0 <= value < math.inf:
     raise ValueError(f"{field}: {value!r}; expected a finite number >= 0")
-  return float(value)
 
 
 def _constant(
