@@ -218,6 +218,26 @@ def test_one_changed_byte_changes_its_block_checksum(tmp_path, monkeypatch, at):
   assert [b == a for b, a in zip(before, after, strict=True)] == [i != at >> 18 for i in range(3)]
 
 
+@pytest.mark.parametrize("damage", ["bytes", "words", "reversed", "signs", "pages"])
+def test_moved_bytes_change_the_checksum(tmp_path, damage):
+  words = np.random.default_rng(0).integers(0, 2**63, 2**15, np.uint64)
+  (tmp_path / "a").write_bytes(words.tobytes())
+  before = _checksums(epath.Path(tmp_path))
+  content = words.view(np.uint8)
+  if damage == "bytes":
+    content[[5000, 5008]] = content[[5008, 5000]]
+  elif damage == "words":
+    words[[600, 700]] = words[[700, 600]]
+  elif damage == "reversed":
+    words[512:1024] = words[512:1024][::-1].copy()
+  elif damage == "signs":
+    words[[600, 700]] ^= np.uint64(2**63)
+  else:
+    words[:1024] = np.roll(words[:1024], 512)
+  (tmp_path / "a").write_bytes(words.tobytes())
+  assert _checksums(epath.Path(tmp_path)) != before
+
+
 @pytest.mark.parametrize(
   "files", ["", "/state", "/state/_METADATA", "/state/d/*", "/state/ocdbt.process_0/d/*"]
 )
@@ -273,15 +293,22 @@ def test_other_errors_of_a_save_end_the_run(tmp_path, monkeypatch):
         checkpointer.wait()
 
 
-def test_manifest_of_former_checksums(whole, tmp_path):
-  """Manifests of earlier development versions have the CRC-32 of each file."""
+def crc_of_page_sums(content):
+  pages = np.frombuffer(content + bytes(-len(content) % 2**18), "<u8").reshape(-1, 512)
+  return zlib.crc32(pages.sum(axis=1))
+
+
+@pytest.mark.parametrize(
+  ("key", "checksum"), [("crc32", zlib.crc32), ("checksums", crc_of_page_sums)]
+)
+def test_manifest_of_former_checksums(whole, tmp_path, key, checksum):
   workdir = tmp_path / "run"
   shutil.copytree(whole, workdir)
   folder = workdir / "checkpoints" / "2"
   files = [p for p in folder.rglob("*") if p.is_file() and p.name not in _UNCHECKED]
   contents = {str(path.relative_to(folder)): path.read_bytes() for path in files}
-  sums = {name: [len(content), zlib.crc32(content)] for name, content in contents.items()}
-  (folder / MANIFEST).write_text(json.dumps({"crc32": sums}))
+  sums = {name: [len(content), checksum(content)] for name, content in contents.items()}
+  (folder / MANIFEST).write_text(json.dumps({key: sums}))
   np.testing.assert_array_equal(restore_variables(folder)["params"]["x"], STATE["params"]["x"])
   content = bytearray(files[0].read_bytes())
   content[-1] ^= 1

@@ -40,6 +40,8 @@ ORBAX_METADATA = "_CHECKPOINT_METADATA"  # written when a folder is created, and
 _UNCHECKED = (MANIFEST, ORBAX_METADATA)
 
 _BLOCK = 1 << 26  # bytes
+_WEIGHTS = np.full(512, 0x9E3779B97F4A7C15, "<u8").cumprod()  # all odd
+_HASHES, _FORMER = "hashes", ("checksums", "crc32")  # the latter: of earlier development versions
 
 
 class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
@@ -204,7 +206,7 @@ class _Folder:
       return
     for directory in self._directory.glob(f"{self._step}.*"):
       _check_complete(_item(directory))
-      (directory / MANIFEST).write_text(json.dumps({"checksums": _checksums(directory)}))
+      (directory / MANIFEST).write_text(json.dumps({_HASHES: _checksums(directory)}))
 
 
 def restore_variables(
@@ -348,20 +350,20 @@ def _find_damage(checkpoint: epath.Path) -> str | None:
     return None
   try:
     listed = json.loads(manifest.read_text())
-    former = "crc32" in listed  # of earlier development versions: the CRC-32 of each file
-    expected = {**listed["crc32" if former else "checksums"]}
-  except (ValueError, KeyError, TypeError, RecursionError):
+    kind = next(kind for kind in (_HASHES, *_FORMER) if kind in listed)
+    expected = {**listed[kind]}
+  except (ValueError, StopIteration, TypeError, RecursionError):
     return f"{MANIFEST} is not readable"
   if not expected:
     return f"{MANIFEST} lists no files"
-  found = _checksums(checkpoint, former=former)
+  found = _checksums(checkpoint, kind)
   for name, checksums in expected.items():
     if found.get(name) != checksums:
       return f"{name} {'has another checksum' if name in found else 'is missing'}"
   return None
 
 
-def _checksums(directory: epath.Path, *, former: bool = False) -> dict[str, list[int]]:
+def _checksums(directory: epath.Path, kind: str = _HASHES) -> dict[str, list[int]]:
   """Returns the size, and the checksum of each block, of every file by path."""
   root = pathlib.Path(os.fspath(directory))
   files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.name not in _UNCHECKED]
@@ -370,21 +372,25 @@ def _checksums(directory: epath.Path, *, former: bool = False) -> dict[str, list
     for path in files:
       size = path.stat().st_size
       starts = range(0, size, _BLOCK)
-      sums = [_crc32(path)] if former else pool.map(functools.partial(_checksum, path), starts)
+      block_sum = functools.partial(_checksum, path, by_place=kind == _HASHES)
+      sums = [_crc32(path)] if kind == "crc32" else pool.map(block_sum, starts)
       found[str(path.relative_to(root))] = [size, *sums]
   return found
 
 
-def _checksum(path: pathlib.Path, start: int) -> int:
-  """Returns the CRC-32 of the sums of 64-bit words in each 4 KiB, at a third of a CRC-32's time."""
+def _checksum(path: pathlib.Path, start: int, *, by_place: bool = True) -> int:
+  """Returns the CRC-32 of sums of 64-bit words, at half the time of a CRC-32 of all bytes."""
+  # Sums of rows of 4 KiB are weighted by place; flips of highest bits cancel only in those.
   crc, buffer = 0, bytearray(1 << 18)
   words = np.frombuffer(buffer, "<u8").reshape(-1, 512)
+  weights = _WEIGHTS if by_place else np.ones_like(_WEIGHTS)
   with path.open("rb") as file:
     file.seek(start)
     for _ in range(0, _BLOCK, len(buffer)):
       count = file.readinto(buffer)
       buffer[count:] = bytes(len(buffer) - count)
-      crc = zlib.crc32(words.sum(axis=1), crc)
+      crc = zlib.crc32(np.einsum("rc,c->r", words, weights), crc)
+      crc = zlib.crc32(words.sum(axis=0), crc) if by_place else crc
       if count < len(buffer):
         break
   return crc
