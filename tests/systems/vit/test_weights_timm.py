@@ -1,4 +1,4 @@
-"""timm's and Hugging Face's ViTs: predictions against goldens, round trips, invalid files."""
+"""timm's ViTs: predictions against goldens, round trips, invalid files."""
 
 import json
 import shutil
@@ -13,24 +13,17 @@ from safetensors.numpy import load_file, save_file
 
 from tests.conftest import golden_folder
 from vit_jax_zoo import export, load_pretrained
-from vit_jax_zoo.systems.vit import weights_hf as vit_hf
 from vit_jax_zoo.systems.vit import weights_timm as vit_timm
 from vit_jax_zoo.systems.vit.model import VisionTransformer
 from vit_jax_zoo.weights import WeightsError, load_into
 from vit_jax_zoo.weights import key_map as table
-from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.torch_layouts import read_safetensors, write_safetensors
 
 TIMM = {"vit_timm_a": {"num_heads": 4}, "vit_timm_gap_a": {"num_heads": 2}}
-HF = ("vit_hf_a", "vit_hf_base_a")
 
 
 def timm_file(name):
   return str(golden_folder(name) / "weights.safetensors")
-
-
-def hf_folder(name):
-  return str(golden_folder(name))
 
 
 def close(given, expected, atol=1e-5):
@@ -87,47 +80,12 @@ def test_timm_predictions_at_other_resolution_equal_golden(name, load_golden):
   close(logits, outputs["logits_new_resolution"], 1e-4)
 
 
-@pytest.mark.parametrize("name", HF)
-def test_hugging_face_predictions_equal_golden(name, load_golden):
-  config, inputs, outputs = load_golden(name)
-  loaded = load_pretrained(hf_folder(name))
-  assert loaded.model.layer_norm_epsilon == config["layer_norm_eps"]
-  assert loaded.model.activation == "gelu"
-  out, state = run(loaded, inputs["pixel_values"], mutable="intermediates")
-  for i, output in enumerate(state["intermediates"]["encoder"]["blocks"]["output"][0]):
-    close(output, outputs[f"layer_{i}"])
-  close(out["tokens"], outputs["layernorm"])
-  is_base = name == "vit_hf_base_a"
-  assert ("logits" in out) != is_base
-  close(out["features"] if is_base else out["logits"], outputs[_result(is_base)], 1e-4)
-
-  resized = load_pretrained(hf_folder(name), image_size=tuple(config["new_img"]))
-  positions = resized.variables["params"]["position_embedding"]["table"]
-  close(positions, outputs["interpolated_position_embeddings"], 1e-6)
-  out = run(resized, inputs["pixel_values_new"])
-  expected = outputs[f"interpolated_{_result(is_base)}"]
-  close(out["features"] if is_base else out["logits"], expected, 1e-4)
-
-
-def _result(is_base):
-  return "pooler_output" if is_base else "logits"
-
-
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_round_trip_is_exact(scan_layers, tmp_path):
   for name, fields in TIMM.items():
     loaded = load_pretrained(timm_file(name), scan_layers=scan_layers, **fields)
     write_timm(str(tmp_path / "again.safetensors"), flat(loaded.variables))
     assert_same_arrays(load_file(tmp_path / "again.safetensors"), load_file(timm_file(name)))
-  for name in HF:
-    loaded = load_pretrained(hf_folder(name), scan_layers=scan_layers)
-    export = Export("vit", loaded.model, table.unroll(flat(loaded.variables)), loaded.preprocess)
-    vit_hf.write_checkpoint(str(tmp_path), export)
-    expected = load_file(golden_folder(name) / "model.safetensors")
-    assert_same_arrays(load_file(tmp_path / "model.safetensors"), expected)
-    again = load_pretrained(str(tmp_path), scan_layers=scan_layers)
-    assert again.model == loaded.model
-    assert again.preprocess == loaded.preprocess
 
 
 def tiny_variables(size=32, **fields):
@@ -323,19 +281,9 @@ def test_head_of_other_num_classes_is_zero():
   loaded = load_pretrained(timm_file("vit_timm_a"), num_heads=4, num_classes=7)
   assert loaded.variables["params"]["head"]["kernel"].shape == (48, 7)
   assert not loaded.variables["params"]["head"]["kernel"].any()
-  base = load_pretrained(hf_folder("vit_hf_base_a"), num_classes=7, representation_size=None)
-  assert base.variables["params"]["head"]["bias"].shape == (7,)
-  assert "pre_logits" not in base.variables["params"]
 
 
 def test_preprocessing_is_read_from_config(tmp_path):
-  shutil.copytree(hf_folder("vit_hf_a"), tmp_path / "hf")
-  settings = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.1, 0.2, 0.3]}
-  (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(settings))
-  preprocess = load_pretrained(str(tmp_path / "hf")).preprocess
-  white = np.full((4, 4, 3), 255, np.uint8)
-  close(preprocess([white])[0, 0, 0], [6.0, 2.5, 4 / 3])
-
   shutil.copytree(golden_folder("vit_timm_a"), tmp_path / "timm")
   settings = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "input_size": [3, 32, 32]}
   config = {"architecture": "vit_small", "pretrained_cfg": settings}
@@ -376,27 +324,6 @@ def test_invalid_files_and_options_raise(tmp_path):
   cut.write_bytes((golden_folder("vit_timm_a") / "weights.safetensors").read_bytes()[:9000])
   with pytest.raises(WeightsError, match=r"cut\.safetensors"):
     load_pretrained(str(cut))
-  shutil.copy(golden_folder("vit_hf_a") / "model.safetensors", tmp_path)
-  with pytest.raises(WeightsError, match=r"no config\.json beside"):
-    load_pretrained(str(tmp_path))
-  config = {"num_attention_heads": 4, "patch_size": 8, "hidden_act": "mish"}
-  (tmp_path / "config.json").write_text(json.dumps(config))
-  with pytest.raises(WeightsError, match=r"hidden_act 'mish'"):
-    load_pretrained(str(tmp_path))
-  config = {"num_attention_heads": 4, "patch_size": [8, 8]}
-  (tmp_path / "config.json").write_text(json.dumps({**config, "image_size": 32}))
-  assert load_pretrained(str(tmp_path)).model.patch_size == 8
-  (tmp_path / "config.json").write_text(json.dumps({**config, "patch_size": [8, 4]}))
-  with pytest.raises(WeightsError, match=r"patches of \[8, 4\]"):
-    load_pretrained(str(tmp_path))
-  (tmp_path / "config.json").write_text("{}")
-  with pytest.raises(WeightsError, match="num_attention_heads, patch_size"):
-    load_pretrained(str(tmp_path))
   save_file({"conv.weight": np.zeros(1)}, tmp_path / "other.safetensors")
   with pytest.raises(WeightsError, match=r"conv\.weight"):
     load_pretrained(str(tmp_path / "other.safetensors"))
-  mean = load_pretrained(timm_file("vit_timm_gap_a"), num_heads=2)
-  with pytest.raises(WeightsError, match=r"pool='mean'"):
-    vit_hf.write_checkpoint(str(tmp_path), Export("vit", mean.model, {}, mean.preprocess))
-  with pytest.raises(WeightsError, match="both pre_logits and head"):
-    vit_hf.state_dict({"pre_logits/kernel": np.zeros((1, 1)), "head/kernel": np.zeros((1, 1))})
