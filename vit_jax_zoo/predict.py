@@ -2,15 +2,12 @@
 
     python -m vit_jax_zoo.predict --model=runs/vit_demo --images=a.jpg b.png --output=out/
     python -m vit_jax_zoo.predict --model=ViT-B_16.npz --images='photos/*.jpg' --explain
-    python -m vit_jax_zoo.predict --model=openai/imagegpt-small --images=photos/ --samples=4
-    python -m vit_jax_zoo.predict --model=TTSR-rec.pt --images=photos/ --reference=ref.jpg
 
 `--model` is a run (its best checkpoint; `<run>/checkpoints` is the newest one), a published file or
 folder, or a published name. Images are files, folders or patterns, of any size and format.
 Unreadable ones are logged and skipped; the exit status is then 1.
 """
 
-import dataclasses
 import datetime
 import glob
 import json
@@ -31,7 +28,7 @@ from vit_jax_zoo.data.sources.folder import list_images, log_ignored, read_class
 from vit_jax_zoo.errors import escape_surrogates
 from vit_jax_zoo.figures.canvas import render
 from vit_jax_zoo.inference import create_predictor
-from vit_jax_zoo.inference.base import Options, Picture, Prediction, Predictor
+from vit_jax_zoo.inference.base import Options, Picture, Prediction, Predictor, list_options
 from vit_jax_zoo.inference.coco_json import FILES, CocoFiles, GroundTruth
 from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.training import atomic_write
@@ -43,7 +40,7 @@ EXIT_SOME_FAILED = 1
 _MAX_BYTES = 200  # of a picture's name without suffixes: file names have at most 255
 RESULTS, RECORDS = "predictions.json", "predictions.jsonl"
 MARK = ".predict_files"  # lists the files that this command wrote to a folder and may replace
-OPTIONS = [field.name for field in dataclasses.fields(Options)]
+_DEFINE: Any = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
 
 
 def define_flags() -> None:
@@ -53,15 +50,8 @@ def define_flags() -> None:
   flags.DEFINE_string("output", "predictions", "output folder")
   flags.DEFINE_string("class_names", None, "file with one class name per line, in order")
   flags.DEFINE_string("coco_ids", None, "COCO file whose image ids and categories coco*.json have")
-  flags.DEFINE_string("reference", None, "reference image for super-resolution")
-  flags.DEFINE_integer("tile", None, "tile size in pixels for super-resolution, to use less memory")
-  flags.DEFINE_integer("top_k", None, "number of classes to list, or of colours to sample from")
-  flags.DEFINE_float("threshold", Options.threshold, "minimum score")
-  flags.DEFINE_bool("explain", Options.explain, "also draw attention maps")
-  flags.DEFINE_float("prefix_fraction", Options.prefix_fraction, "fraction of the rows as prompt")
-  flags.DEFINE_integer("samples", Options.samples, "completions per image")
-  flags.DEFINE_float("temperature", Options.temperature, "sampling temperature of completions")
-  flags.DEFINE_integer("seed", Options.seed, "random seed")
+  for option in list_options():
+    _DEFINE.get(option.type, flags.DEFINE_string)(option.name, option.default, option.help)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,9 +59,9 @@ def main(argv: Sequence[str]) -> int:
   if FLAGS.model is None:
     raise ValueError("--model is missing; expected a run's folder, or a published file or name")
   paths = find_images([*FLAGS.images, *argv[1:]])
-  values: dict[str, Any] = {name: FLAGS[name].value for name in OPTIONS}
-  if FLAGS.reference is not None:
-    values["reference"] = read_image(pathlib.Path(FLAGS.reference))
+  given = [option for option in list_options() if FLAGS[option.name].present]
+  values: dict[str, Any] = {option.name: FLAGS[option.name].value for option in given}
+  values |= {o.name: read_image(values[o.name]) for o in given if o.type is pathlib.Path}
   options = Options(**values)
   names = read_class_names(FLAGS.class_names)
   truth = GroundTruth(pathlib.Path(FLAGS.coco_ids), paths) if FLAGS.coco_ids else None
@@ -82,9 +72,7 @@ def main(argv: Sequence[str]) -> int:
 
 def check_options(predictor: Predictor, options: Options) -> None:
   """Raises ValueError if an option was given that the model's task does not support."""
-  given = (n for n in OPTIONS if not np.array_equal(getattr(options, n), getattr(Options, n)))
-  unread = [name for name in given if name not in predictor.reads]
-  if unread:
+  if unread := sorted(options.given - predictor.reads):
     supported = ", ".join(f"--{option}" for option in sorted(predictor.reads))
     raise ValueError(f"--{unread[0]}: not supported by this model's task; expected {supported}")
 
@@ -109,7 +97,7 @@ def find_images(given: Sequence[str]) -> list[pathlib.Path]:
   return list(found)
 
 
-def read_image(path: pathlib.Path) -> np.ndarray:
+def read_image(path: pathlib.Path | str) -> np.ndarray:
   """Decodes an image file as training does: uint8 [h w 3]; see docs/IMAGES.md."""
   data = images.read_file(path)
   try:
@@ -223,4 +211,5 @@ def _marked(folder: pathlib.Path) -> set[str]:
 
 
 if __name__ == "__main__":
-  cli.run(main, define_flags, renamed={"workdir": "model", "keep": "prefix_fraction"})
+  old_names = {option.old_name: option.name for option in list_options() if option.old_name}
+  cli.run(main, define_flags, renamed={"workdir": "model", **old_names})

@@ -50,6 +50,17 @@ class Format:
 
 
 @dataclasses.dataclass(frozen=True)
+class Option:
+  """An option of predictors, and the flag of `predict`."""
+
+  name: str
+  type: type  # int, float, bool, or pathlib.Path: an image, given to the predictor decoded
+  default: Any
+  help: str
+  old_name: str = ""  # of the flag
+
+
+@dataclasses.dataclass(frozen=True)
 class System:
   """Registration of one paper's folder. References are "module:attribute" in the folder.
 
@@ -63,6 +74,7 @@ class System:
   variants: Mapping[str, str] = dataclasses.field(default_factory=dict)
   tasks: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> class
   predictors: Mapping[str, str] = dataclasses.field(default_factory=dict)  # task name -> class
+  options: tuple[Option, ...] = ()  # of its predictors, besides those of `CORE`
   formats: tuple[Format, ...] = ()
   published: str = ""  # checkpoint name -> `weights.model_index.Entry`
   paper_scores: str = ""  # model name -> (reported score, source)
@@ -82,6 +94,21 @@ class System:
   removed_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+CORE = System(
+  tasks={"classification": "tasks.classification:Classification"},
+  predictors={"classification": "inference.classification:ClassificationPredictor"},
+  options=(
+    Option("top_k", int, None, "number of classes to list, or of values to sample from"),
+    Option("threshold", float, 0.5, "minimum score"),
+    Option("explain", bool, False, "also draw attention maps"),
+    Option("seed", int, 0, "random seed"),
+  ),
+  part_readers={"*/backbone": "weights.backbones:read_backbone"},
+  backbones={"resnet": "nn.resnet:ResNet"},
+)
+"""What two or more systems share; references are in the package."""
+
+
 @functools.cache
 def systems() -> Mapping[str, System]:
   """Returns the systems by name: every folder of `vit_jax_zoo/systems`."""
@@ -97,9 +124,9 @@ def load_reference(system: str, reference: str) -> Any:
   return getattr(loaded, attribute) if attribute else loaded
 
 
-def registry_of(kind: str, field: str, core: Mapping[str, str] | None = None) -> Registry:
-  """Returns the registry of a field of all systems and of `core`; `kind` is a noun for errors."""
-  entries = dict(core or {})
+def registry_of(kind: str, field: str) -> Registry:
+  """Returns the registry of a field of `CORE` and all systems; `kind` is a noun for errors."""
+  entries = {key: f"vit_jax_zoo.{ref}" for key, ref in getattr(CORE, field).items()}
   for name, system in systems().items():
     references: Mapping[str, str] = getattr(system, field)
     entries |= {key: f"vit_jax_zoo.systems.{name}.{ref}" for key, ref in references.items()}

@@ -17,8 +17,9 @@ from vit_jax_zoo import load_pretrained, predict
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.inference import create_predictor
-from vit_jax_zoo.inference.base import Options, Prediction
+from vit_jax_zoo.inference.base import Options, Prediction, list_options
 from vit_jax_zoo.inference.load import _Run, load
+from vit_jax_zoo.registry import registry_of
 from vit_jax_zoo.run_metadata import RunData
 from vit_jax_zoo.training.checkpoint import restore_variables
 
@@ -256,6 +257,16 @@ def test_completion_of_half_image(igpt_run, tmp_path):
 def test_top_k_one_deterministic(igpt_run):
   strip = predictor_of(igpt_run, samples=2, top_k=1)(photo()).pictures["samples"]
   np.testing.assert_array_equal(strip[:, 120:216], strip[:, 240:336])
+
+
+def test_options_of_all_predictors():
+  names = [option.name for option in list_options()]
+  assert len(set(names)) == len(names)
+  for predictor in registry_of("predictor", "predictors").values():
+    assert predictor.reads <= {*names}
+  assert Options(top_k=3).given == {"top_k"}
+  with pytest.raises(ValueError, match="option 'topk'; did you mean 'top_k'"):
+    Options(topk=3)
 
 
 def test_unsupported_options_raise(vit_run, igpt_run, tmp_path):

@@ -10,6 +10,5 @@ if TYPE_CHECKING:
 
 def create_predictor(trained: "Trained", options: "Options") -> "Predictor":
   """Returns the predictor of a model's task; ValueError without one, or for an invalid option."""
-  core = {"classification": "vit_jax_zoo.inference.classification:ClassificationPredictor"}
-  predictors = registry_of("task to predict with", "predictors", core)
+  predictors = registry_of("task to predict with", "predictors")
   return predictors[trained.task.name](trained, options)

@@ -1,6 +1,7 @@
 """The predictor protocol: from one image to the outputs of `vit_jax_zoo.predict`."""
 
 import dataclasses
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
@@ -8,6 +9,8 @@ import numpy as np
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
+from vit_jax_zoo.errors import check_names
+from vit_jax_zoo.registry import CORE, Option, systems
 from vit_jax_zoo.tasks.base import Task, Variables
 
 Image: TypeAlias = UInt8[np.ndarray, "h w 3"]  # A user's picture, decoded: RGB, upright, any size
@@ -34,19 +37,18 @@ class Trained:
     return getattr(self.task, "model")  # noqa: B009  (a field of every task, not of the protocol)
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """Options of prediction; each predictor declares which of them it uses."""
+def list_options() -> list[Option]:
+  """Returns the options of all predictors."""
+  return [option for system in (CORE, *systems().values()) for option in system.options]
 
-  top_k: int | None = None  # classes to list, None: 5; or colours to sample from, None: all
-  threshold: float = 0.5  # minimum score
-  explain: bool = False  # also draw attention maps
-  reference: Image | None = None  # reference image for super-resolution
-  tile: int | None = None  # in pixels of the low-resolution image; None: what usually fits
-  prefix_fraction: float = 0.5  # of an image's rows, given as the prompt of a completion
-  samples: int = 6  # completions per image
-  temperature: float = 1.0  # of completions
-  seed: int = 0
+
+class Options(types.SimpleNamespace):
+  """Values of `list_options` by name, those not given at their defaults; ValueError for others."""
+
+  def __init__(self, **given: Any) -> None:
+    defaults = {option.name: option.default for option in list_options()}
+    check_names("option", given, defaults)
+    super().__init__(**{**defaults, **given}, given=frozenset(given))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Prediction:
 class Predictor(Protocol):
   """Maps an image to a prediction; its creation raises ValueError for invalid options."""
 
-  reads: ClassVar[frozenset[str]]  # supported options; `predict` raises an error for others
+  reads: ClassVar[frozenset[str]]  # names of its options; `predict` raises an error for others
 
   def __init__(self, trained: Trained, options: Options) -> None:
     """Compiles nothing; the first image is slow."""

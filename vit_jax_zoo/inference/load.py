@@ -12,7 +12,7 @@ from etils import epath
 from vit_jax_zoo import weights
 from vit_jax_zoo.data.transforms import Transform, build_transforms
 from vit_jax_zoo.data.transforms.detection import ResizeShorter
-from vit_jax_zoo.data.transforms.image import CentralCrop, Resize, ResizeSmall
+from vit_jax_zoo.data.transforms.image import CentralCrop, Resize, ResizeSmall, height_width
 from vit_jax_zoo.errors import field_names
 from vit_jax_zoo.inference.base import Image, Trained
 from vit_jax_zoo.registry import create_model
@@ -73,7 +73,8 @@ def load(
     )
   published = weights.load_pretrained(path, **options)
   if not published.task:
-    raise ValueError(f"{path}: part of a network; train with --config.task.neck_file={path}")
+    wrong = f"{path}: weights of a part of a network; expected a whole one"
+    raise ValueError(f"{wrong}. Train with --config.task.<part>_file={path}")
   if published.task == "classification" and published.config.get("num_classes") is None:
     if needs_head:
       raise ValueError(f"{path}: has no classifier; fine-tune it, or use weights with a head")
@@ -106,11 +107,6 @@ def _prepare_published(preprocess: Preprocess, image: Image) -> dict[str, np.nda
   if preprocess.pad_size is None:
     return {"image": resized}
   return {"image": preprocess.pad(resized), "image_size": np.array(resized.shape[:2], np.int32)}
-
-
-def _height_width(size: int | Sequence[int]) -> tuple[int, int]:
-  height, width = (size, size) if isinstance(size, int) else size
-  return height, width
 
 
 def _prepare_for_run(
@@ -149,7 +145,7 @@ class _Run:
     model = create_model(**{**_frozen(fill_from_data(config["model"], data)), **options})
     shape = data.shapes.get("image")
     trained_size = (int(shape[0]), int(shape[1])) if shape else getattr(model, "image_size", None)
-    requested_size = None if requested_size is None else _height_width(requested_size)
+    requested_size = None if requested_size is None else height_width(requested_size)
     run = cls(path, config, data, variables, model, trained_size, requested_size)
     is_other = run.size != trained_size or options.get("num_classes") is not None
     return dataclasses.replace(run, variables=_refitted(run) if is_other else _adapted(run))
@@ -207,13 +203,13 @@ class _Run:
     if resizes:
       # A resize after the crop, as iGPT's, is one with the first: other pixels, the same region.
       first, last = resizes[0] if crop else resizes[-1], resizes[-1]
-      before = _height_width(first.size)
-      after = _height_width(crop.size) if crop else before
+      before = height_width(first.size)
+      after = height_width(crop.size) if crop else before
       fit = "squash"
       if isinstance(first, ResizeSmall):
         fit = "crop" if crop else "shorter_side"
       return Preprocess(
-        after if first is last else _height_width(last.size), mean, std, fit,
+        after if first is last else height_width(last.size), mean, std, fit,
         f"tf_{last.method}", crop_fraction(after, before), last.dtype == "uint8",
         rounding="nearest",
       )  # fmt: skip

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
 def tasks() -> Registry:
   """Returns the task classes by name."""
-  core = {"classification": "vit_jax_zoo.tasks.classification:Classification"}
-  return registry_of("task", "tasks", core)
+  return registry_of("task", "tasks")
 
 
 def create_task(name: str, model: "Model", **fields: Any) -> "Task":

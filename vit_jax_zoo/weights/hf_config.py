@@ -99,11 +99,10 @@ def read_preprocess(processor: Mapping[str, Any], size: Size, kind: str) -> Prep
   `processor` is its content, {} for transformers' defaults; `size` the default height and width;
   `kind` begins the name of the model's own processor.
   """
-  given_kind = processor.get("image_processor_type") or processor.get("feature_extractor_type")
-  given_kind = str(given_kind or kind)
-  if not given_kind.startswith((kind, "DeiT", "Beit", "CLIP", "Bit")):
-    logging.warning("%s: %s is read as %sImageProcessor", _PROCESSOR, given_kind, kind)
-  defaults = _DEIT if given_kind.startswith(("DeiT", "Beit")) else {"size": list(size)}
+  own = processor.get("image_processor_type") or processor.get("feature_extractor_type") or kind
+  if not str(own).startswith((kind, "DeiT", "Beit", "CLIP", "Bit")):
+    logging.warning("%s: %s is read as %sImageProcessor", _PROCESSOR, own, kind)
+  defaults = _DEIT if str(own).startswith(("DeiT", "Beit")) else {"size": list(size)}
   # As in transformers, null is no for a step, and an error for a value: the default here.
   stated = {k: v for k, v in processor.items() if v is not None or k.startswith("do_")}
   given: dict[str, Any] = {**defaults, **stated}

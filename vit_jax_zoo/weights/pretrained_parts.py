@@ -18,7 +18,6 @@ from vit_jax_zoo.weights import hub, key_map
 from vit_jax_zoo.weights.key_map import STATISTICS, Flat, Row
 
 _EVERY = "*/"
-_CORE = {"*/backbone": "vit_jax_zoo.weights.backbones:read_backbone"}
 
 
 def load_parts(
@@ -31,7 +30,7 @@ def load_parts(
   ValueError if a file is missing or holds another network.
   """
   flat: dict[str, Any] = dict(traverse_util.flatten_dict(dict(variables), sep="/"))
-  readers = registry_of("part of a model", "part_readers", _CORE)
+  readers = registry_of("part of a model", "part_readers")
   for part, source in sources.items():
     within = {path: inner for path in flat if (inner := _path_within(path, part)) is not None}
     shapes = {inner: tuple(flat[path].shape) for path, inner in within.items()}

@@ -45,7 +45,7 @@ class RandomResizedCrop(Transform):
     self.check_limits("aspect_ratio", math.inf)
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-    image, new = example["image"], _height_width(self.size)
+    image, new = example["image"], height_width(self.size)
     if isinstance(image, bytes):
       size = images.image_size(image)
       box = sample_distorted_box(size, self.area, self.aspect_ratio, rng)
@@ -153,7 +153,7 @@ class CentralCrop(ImageTransform):
 
 def _crop(image: np.ndarray, size: Size, start: Callable[[int], int]) -> np.ndarray:
   """Crops to a window whose corner `start` returns from the free rows and columns."""
-  height, width = _height_width(size)
+  height, width = height_width(size)
   if height > image.shape[0] or width > image.shape[1]:
     size_text = f"{image.shape[0]}x{image.shape[1]}"
     raise ValueError(f"crop of {height}x{width} exceeds the image of {size_text}; resize it first")
@@ -177,7 +177,7 @@ class Resize(ImageTransform):
     check_names("pixel type", [self.dtype], ("uint8", "float32"))
 
   def apply(self, image: np.ndarray, _: np.random.Generator) -> np.ndarray:
-    return self._resized(image, *_height_width(self.size))
+    return self._resized(image, *height_width(self.size))
 
   def _resized(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
     resized = tf_resize.tf_resize(image, height, width, self.method)
@@ -198,7 +198,8 @@ class ResizeSmall(Resize):
     return self._resized(image, *images.bounded_size(height, width))
 
 
-def _height_width(size: Size) -> tuple[int, int]:
+def height_width(size: Size) -> tuple[int, int]:
+  """Returns height and width, given them or the side of a square."""
   height, width = (size, size) if isinstance(size, int) else size
   return height, width
 

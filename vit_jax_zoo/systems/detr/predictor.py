@@ -59,8 +59,8 @@ class DetectionPredictor:
         shown, found, self._task.class_names, threshold=self._options.threshold
       )
     if "mask_logits" in found:
-      given = self._options.threshold
-      threshold = self._task.segment_threshold if given == Options.threshold else given
+      is_given = "threshold" in self._options.given
+      threshold = self._options.threshold if is_given else self._task.segment_threshold
       segments = found_segments(batch, found, 0, self._stuff_from, threshold=threshold)
       record["segments_info"] = self._segments_info(segments)
       pictures["segments"] = paint_segments(image, segments.segment_map)

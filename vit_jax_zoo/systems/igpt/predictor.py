@@ -32,8 +32,9 @@ class CompletionPredictor:
     self._trained, self._fraction = trained, options.prefix_fraction
     sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "seed")}
     task: Any = trained.task
-    task = dataclasses.replace(task, completions=options.samples, **sampling)
-    self._predict = jax.jit(task.predict)
+    self._predict = jax.jit(
+      dataclasses.replace(task, completions=options.samples, **sampling).predict
+    )
 
   def __call__(self, image: Image) -> Prediction:
     """Returns `given`, the number of pixels of the prefix, and `nats`, the mean loss of all pixels.

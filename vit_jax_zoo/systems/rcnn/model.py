@@ -101,8 +101,7 @@ class RCNN(nn.Module):
 
   def setup(self) -> None:
     self._check()
-    kinds = registry_of("backbone_kind", "backbones", {"resnet": "vit_jax_zoo.nn.resnet:ResNet"})
-    kind = kinds[self.backbone_kind]
+    kind = registry_of("backbone_kind", "backbones")[self.backbone_kind]
     fields: dict[str, Any] = part_fields("backbone", kind, self.backbone)
     fields = {"norm": "frozen_batch_norm", **fields, "dtype": self.dtype}
     self._backbone = kind(**fields, name="backbone")

@@ -1,11 +1,17 @@
 """TTSR, arXiv:2006.04139: 4x super-resolution with a reference image."""
 
-from vit_jax_zoo.registry import Format, System
+import pathlib
+
+from vit_jax_zoo.registry import Format, Option, System
 
 SYSTEM = System(
   models={"ttsr": "model:TTSR"},
   tasks={"super_resolution": "task:SuperResolution"},
   predictors={"super_resolution": "predictor:SuperResolutionPredictor"},
+  options=(
+    Option("reference", pathlib.Path, None, "reference image for super-resolution"),
+    Option("tile", int, None, "tile size in pixels of the input, to use less memory"),
+  ),
   formats=(
     Format("pt", "ttsr", "weights", "the official code's TTSR"),
     Format("pth-vgg19", "ttsr", "weights_vgg", "torchvision's VGG-19"),
