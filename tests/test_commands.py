@@ -115,7 +115,7 @@ def test_predict_super_resolution_with_reference(tmp_path):
     ("predict", [], "--model is missing"),
     ("predict", ["--workdir=x"], "--workdir is now --model"),
     ("predict", ["--model=nowhere", "--images=x.jpg"], "--images=x.jpg"),
-    ("predict", [f"--model={WEIGHTS}"], "no images are given"),
+    ("predict", [f"--model={WEIGHTS}"], "--images: missing"),
     ("predict", [f"--model={WEIGHTS}", "--imagse=x.jpg"], "imagse"),
     ("export", [f"--model={WEIGHTS}", "--format=hf"], "--output is missing"),
     ("export", [f"--model={WEIGHTS}", "--format=onnx", "--output=o"], "unknown format of vit"),

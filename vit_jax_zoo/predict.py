@@ -93,7 +93,7 @@ def find_images(given: Sequence[str]) -> list[pathlib.Path]:
       raise FileNotFoundError(f"--images={text}: no image file there")
     found |= dict.fromkeys(files)
   if not found:
-    raise ValueError("no images are given; add --images=a.jpg, a folder, or a pattern in quotes")
+    raise ValueError("--images: missing; expected files, folders or patterns in quotes")
   return list(found)
 
 

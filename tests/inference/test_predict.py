@@ -278,7 +278,7 @@ def test_unsupported_options_raise(vit_run, igpt_run, tmp_path):
     create_predictor(load(str(golden_folder("vit_hf_base_a"))), Options())
   with pytest.raises(FileNotFoundError, match=r"--images=.*none\*\.jpg"):
     predict.find_images([str(tmp_path / "none*.jpg")])
-  with pytest.raises(ValueError, match="no images are given"):
+  with pytest.raises(ValueError, match="--images: missing"):
     predict.find_images([])
   names = tmp_path / "names.txt"
   names.write_text("a\nb\n")

@@ -305,7 +305,7 @@ def test_npz_objects_not_unpickled(tmp_path):
       return (tmp_path.joinpath("ran").touch, ())
 
   np.savez(tmp_path / "trap.npz", **{"embedding/kernel": np.array([Trap()], dtype=object)})
-  with pytest.raises(WeightsError, match="nothing was executed"):
+  with pytest.raises(WeightsError, match="was not executed"):
     load_pretrained(str(tmp_path / "trap.npz"))
   assert not (tmp_path / "ran").exists()
 
@@ -338,7 +338,7 @@ def test_false_array_headers_raise(tmp_path, monkeypatch, claim):
   write_member(path, **claim)
   tracemalloc.start()
   try:
-    with pytest.raises(WeightsError, match=r"claim\.npz ") as error:
+    with pytest.raises(WeightsError, match=r"claim\.npz\b") as error:
       load_pretrained(str(path))
     assert tracemalloc.get_traced_memory()[1] < 20e6
   finally:
@@ -348,7 +348,7 @@ def test_false_array_headers_raise(tmp_path, monkeypatch, claim):
 
 def test_archive_without_arrays_raises(tmp_path):
   np.savez(tmp_path / "empty.npz")
-  with pytest.raises(WeightsError, match=r"empty\.npz "):
+  with pytest.raises(WeightsError, match=r"empty\.npz\b"):
     load_pretrained(str(tmp_path / "empty.npz"))
 
 

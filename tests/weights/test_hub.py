@@ -122,7 +122,7 @@ def test_hub_errors(monkeypatch, tmp_path):
     raise RuntimeError("no route to host\nand much more")
 
   fake_hub(monkeypatch, fail)
-  with pytest.raises(OSError, match=r"a/b, .*no route to host") as error:
+  with pytest.raises(OSError, match=r"a/b: .*no route to host") as error:
     load_pretrained("a/b")
   assert "\n" not in str(error.value)
   fake_hub(monkeypatch, lambda *args, **kwargs: str(tmp_path))
@@ -144,5 +144,5 @@ def test_model_index_consistent():
       assert (entry.score == "–") == (entry.source == "–"), name
   with pytest.raises(WeightsError, match="vit_b16_imagenet21k"):
     load_pretrained("vit_b16_imagenet_21k")
-  with pytest.raises(WeightsError, match=r"x/ViT-L_16\.npz; .*vit_l16"):
+  with pytest.raises(WeightsError, match=r"x/ViT-L_16\.npz: .*vit_l16"):
     load_pretrained("x/ViT-L_16.npz")

@@ -23,10 +23,8 @@ HEADS = ("head/", "pre_logits/")
 
 POSITIONS = ("position_embedding/table", "position_embedding")  # [1 n d], [n d]
 
-Grid: TypeAlias = tuple[int, int]
-"""Height and width, in tokens."""
-Grids: TypeAlias = tuple[Grid | None, Grid | None]
-"""Of the source and the model; None if unknown."""
+Grid: TypeAlias = tuple[int, int]  # height and width, in tokens
+Grids: TypeAlias = tuple[Grid | None, Grid | None]  # of the source and the model; None: unknown
 
 
 def fit_to_model(
@@ -73,7 +71,7 @@ def fit_to_model(
     if fresh and not problems:
       logging.info("%s: not loaded, newly initialised: %s", name, ", ".join(fresh))
   if problems:
-    raise ValueError(f"the weights of {name} do not fit this model: {list_problems(problems)}")
+    raise ValueError(f"{name}: does not fit the model; {list_problems(problems)}")
   check_finite({k: tree for k, tree in source.items() if k in variables}, name)
   return adapted
 

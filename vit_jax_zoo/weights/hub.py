@@ -63,7 +63,7 @@ def resolve(name: str) -> str:
     return _from_hub(name)
   if _TIMM_NAME.fullmatch(name):
     return _from_hub(f"timm/{name}")
-  raise WeightsError(f"there is no checkpoint at {name}{_hint(name)}")
+  raise WeightsError(f"{name}: no such file; expected a checkpoint or published name{_hint(name)}")
 
 
 def _hint(name: str) -> str:
@@ -71,7 +71,7 @@ def _hint(name: str) -> str:
   file = f"/{name.rsplit('/', 1)[-1]}"
   same = [k for k, entry in entries().items() if any(u.endswith(file) for u in entry.urls)]
   if same:
-    return f"; to download a published file of that name, give {' or '.join(same)}"
+    return f". To download a published file of that name, give {' or '.join(same)}"
   nearest = difflib.get_close_matches(model_name(name), entries(), n=1, cutoff=0.4)
   return f"; did you mean the published {nearest[0]}?" if nearest else ""
 
@@ -135,18 +135,16 @@ def _from_hub(name: str) -> str:
   try:
     hub = importlib.import_module("huggingface_hub")
   except ImportError:
-    raise ImportError(
-      f"there is no checkpoint at {name}; if it is a model on Hugging Face's hub, pip install "
-      "-e '.[hub]'"
-    ) from None
+    wrong = f"{name}: no such file; for a model on Hugging Face's hub, pip install -e '.[hub]'"
+    raise ImportError(wrong) from None
   for patterns in _HUB_WEIGHTS:
     try:
       folder = hub.snapshot_download(name, allow_patterns=[*_HUB_JSON, *patterns])
     except Exception as error:  # its class depends on the network library
       reason = (str(error).strip() or type(error).__name__).splitlines()[0]
       raise OSError(
-        f"there is no checkpoint at {name}, and the Hugging Face hub failed ({reason}); "
-        "if this machine is offline, download it elsewhere and give its folder"
+        f"{name}: no such file, and not on the Hugging Face hub ({reason}); expected a model. "
+        "If this machine is offline, download it elsewhere and give its folder"
       ) from None
     if any((epath.Path(folder) / pattern).exists() for pattern in patterns[:2]):
       return str(folder)

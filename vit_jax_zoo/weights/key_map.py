@@ -137,12 +137,10 @@ def read(
       problems.append(f"unused: {key} {published[key].shape}")
   if shapes and not used:
     theirs, ours = (", ".join(sorted(names)[:3]) for names in (published, shapes))
-    raise WeightsError(
-      f"{source} does not fit the model, of which it holds nothing: its keys are such as {theirs}, "
-      f"the model's parameters such as {ours}; take a model of its kind, or another file"
-    )
+    wrong = f"{source}: no array fits the model; its keys are such as {theirs}"
+    raise WeightsError(f"{wrong}; expected such as {ours}. Use a model of its kind or another file")
   if problems:
-    raise WeightsError(f"{source} does not fit the model; {list_problems(problems)}")
+    raise WeightsError(f"{source}: does not fit the model; {list_problems(problems)}")
   check_finite({key: array for key, array in published.items() if key in used}, source)
   return found
 
@@ -183,7 +181,7 @@ def write(parameters: Mapping[str, Array], table: Sequence[Row]) -> Flat:
   rows_of = index(table, "ours")
   rows = {path: next((r for r in rows_of(path) if r.key(path)), None) for path in parameters}
   if nameless := [path for path, row in rows.items() if row is None]:
-    raise WeightsError(f"the format has no name for: {', '.join(nameless)}")
+    raise WeightsError(f"{', '.join(nameless)}: no name in this format; expected other parameters")
   arrays = ((row, path, np.asarray(parameters[path])) for path, row in rows.items() if row)
   return {row.key(path) or "": row.transform.write(array) for row, path, array in arrays}
 

@@ -53,12 +53,10 @@ def read_pickle(path: str) -> Flat:
     with epath.Path(path).open("rb") as stream:
       found = _Reader(stream, encoding="latin1").load()
   except WeightsError as error:
-    raise WeightsError(
-      f"{path} is a pickle with code in it: it requests {error}, which is no array; "
-      "nothing was executed"
-    ) from None
+    wrong = f"{path}: a pickle with code ({error}), which was not executed"
+    raise WeightsError(f"{wrong}; expected arrays only") from None
   except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError) as error:
-    raise WeightsError(f"{path} cannot be read: it is truncated, or no pickle ({error})") from None
+    raise WeightsError(f"{path}: truncated ({error}); expected a pickle") from None
   found = found if isinstance(found, Mapping) else {}
   for candidate in (found, *(found.get(key) for key in _WRAPPERS)):
     items = candidate.items() if isinstance(candidate, Mapping) else ()
@@ -95,7 +93,7 @@ def read_published(path: str) -> Published:
     arrays = {key.removeprefix(prefix): array for key, array in arrays.items()}
   empty = next((key for key, array in arrays.items() if array.size == 0), None)
   if empty is not None:
-    raise WeightsError(f"{path} is not whole: its {empty} has the shape {arrays[empty].shape}")
+    raise WeightsError(f"{path}: {empty} is {arrays[empty].shape}; expected a non-empty array")
   names = ("config.json", "preprocessor_config.json")
   return Published(path, file, arrays, *(read_json(file.with_name(name)) for name in names))
 
@@ -107,9 +105,9 @@ def read_json(file: epath.Path) -> dict[str, Any]:
   try:
     found = json.loads(file.read_bytes())  # with a byte order mark or without
   except (ValueError, RecursionError) as error:
-    raise WeightsError(f"{file} is not JSON ({error})") from None
+    raise WeightsError(f"{file}: {error}; expected JSON") from None
   if not isinstance(found, dict):
-    raise WeightsError(f"{file} holds a JSON {type(found).__name__}; expected an object")
+    raise WeightsError(f"{file}: a JSON {type(found).__name__}; expected an object")
   return found
 
 
@@ -124,12 +122,12 @@ def _read(location: epath.Path, path: str) -> tuple[epath.Path, Flat]:
   if prefix := tf_bundle.find_prefix(str(location)):
     return epath.Path(prefix), tf_bundle.read_bundle(prefix)
   if is_folder:
+    expected = f"{' or '.join(FOLDER_FILES)}, or a TensorFlow checkpoint"
     raise WeightsError(
-      f"there is no {' or '.join(FOLDER_FILES)} in {path}, nor a TensorFlow checkpoint; give the "
-      "file itself if it has another name"
+      f"{path}: no weights; expected {expected}. Give a file of another name itself"
     )
   if not location.exists():
-    raise WeightsError(f"there is no checkpoint at {path}")
+    raise WeightsError(f"{path}: no such file; expected a checkpoint")
   return location, _read_file(location, path)
 
 
@@ -151,7 +149,7 @@ def _read_file(file: epath.Path, path: str) -> Flat:
     with file.open("rb") as stream:
       start = stream.read(16)
   except OSError as error:
-    raise WeightsError(f"{path} cannot be read: {error}") from None
+    raise WeightsError(f"{path}: {error}; expected a readable file") from None
   if start[:2] == b"PK":
     return _read_zip(file, path)
   if start[8:9] == b"{" or file.suffix == ".safetensors":
@@ -159,15 +157,13 @@ def _read_file(file: epath.Path, path: str) -> Flat:
   if start[:1] == b"\x80":
     return read_pickle(path) if file.suffix == ".pkl" else read_torch(path)
   if start.lstrip()[:1] == b"<":
-    raise WeightsError(f"{path} is a web page, not weights; download the file itself")
+    raise WeightsError(f"{path}: a web page; expected weights. Download the file itself")
   if file.suffix == ".npz":
-    raise WeightsError(f"{path} cannot be read as .npz: it is truncated, or something else")
+    raise WeightsError(f"{path}: truncated, or something else; expected a .npz file")
   if file.suffix in (".pth", ".pt", ".bin") and start:
     return read_torch(path)
-  raise WeightsError(
-    f"{path} is in no format that can be read; known: .npz, .safetensors, .pth, TensorFlow's "
-    "checkpoints, Hugging Face's folders"
-  )
+  known = ".npz, .safetensors, .pth, a TensorFlow checkpoint, or Hugging Face's folder"
+  raise WeightsError(f"{path}: unknown format; expected {known}")
 
 
 def _read_zip(file: epath.Path, path: str) -> Flat:
@@ -187,9 +183,8 @@ def _read_zip(file: epath.Path, path: str) -> Flat:
   except WeightsError:
     raise
   except ValueError as error:  # object arrays, which numpy would unpickle
-    raise WeightsError(
-      f"{path} holds more than arrays of numbers; nothing was executed ({error})"
-    ) from None
+    wrong = f"{path}: objects, whose code was not executed ({error})"
+    raise WeightsError(f"{wrong}; expected arrays of numbers") from None
 
 
 def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:

@@ -82,18 +82,18 @@ def _read_tensors(prefix: str, fields: Mapping[str, Mapping[int, Any]], shards: 
       else:
         arrays[name] = _tensor(name, entry, data[offset : offset + size])
   if problems:
-    raise WeightsError(f"the checkpoint {prefix} is not whole: {'; '.join(problems)}")
+    raise WeightsError(f"{prefix}: {'; '.join(problems)}; expected a complete checkpoint")
   return {name: arrays[name] for name in fields}
 
 
 def _tensor(name: str, entry: Mapping[int, Any], data: bytes) -> np.ndarray:
   kind = entry.get(1, [0])[0]
   if kind not in _TYPES or 7 in entry:
-    raise WeightsError(f"{name} is a variable of a type, or in slices, that is not read here")
+    raise WeightsError(f"{name}: type {kind}, or in slices; expected a whole array of numbers")
   dims = [_parse(dim).get(1, [0])[0] for dim in _parse(entry.get(2, [b""])[0]).get(2, [])]
   dtype = np.dtype(_TYPES[kind])
   if math.prod(dims) * dtype.itemsize != len(data):
-    raise ValueError(f"{name} has {len(data)} bytes for the shape {tuple(dims)}")
+    raise ValueError(f"{name}: {len(data)} bytes; expected shape {tuple(dims)}")
   array = np.frombuffer(data, dtype).reshape(dims)
   return array.astype(np.float32) if dtype.itemsize == 2 and dtype.kind in "fV" else array
 

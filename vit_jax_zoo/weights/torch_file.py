@@ -59,16 +59,12 @@ def _load(torch: Any, file: str, path: str) -> Any:
     # Only the message names the code in files of PyTorch's legacy format, before version 1.6.
     code = re.search(r"GLOBAL ([\w.]+)", str(error))
     if code:
-      raise WeightsError(
-        f"{path} is a pickle with code in it: it requests {code[1]}, which is no tensor; "
-        "nothing was executed"
-      ) from None
-    raise WeightsError(f"{path} cannot be read: it is truncated, or no PyTorch file") from None
+      wrong = f"{path}: a pickle with code ({code[1]}), which was not executed"
+      raise WeightsError(f"{wrong}; expected tensors only") from None
+    raise WeightsError(f"{path}: truncated; expected a PyTorch file") from None
   except (RuntimeError, EOFError, OSError, ValueError, KeyError, AssertionError) as error:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise WeightsError(
-      f"{path} cannot be read: it is truncated, or no PyTorch file ({reason})"
-    ) from None
+    raise WeightsError(f"{path}: truncated ({reason}); expected a PyTorch file") from None
 
 
 def _state_dict(torch: Any, found: Any, path: str) -> Mapping[str, Any]:
@@ -81,10 +77,8 @@ def _state_dict(torch: Any, found: Any, path: str) -> Mapping[str, Any]:
       if name in EMA_WRAPPERS and len(candidates) > 2:
         logging.info("%s: reads the moving average of the weights, %r, as timm does", path, name)
       return {str(key): value for key, value in candidate.items()}
-  inside = (
-    ", ".join(map(str, list(found)[:5])) if isinstance(found, Mapping) else type(found).__name__
-  )
-  raise WeightsError(f"{path} holds no state dict; in it there is: {inside}")
+  keys = ", ".join(map(str, list(found)[:5])) if isinstance(found, Mapping) else ""
+  raise WeightsError(f"{path}: {type(found).__name__} of {keys}; expected a state dict")
 
 
 def write_state_dict(path: str, arrays: Flat, *, wrapper: str | None = None) -> None:

@@ -124,9 +124,9 @@ def write_checkpoint(path: str, export: Export) -> None:
 
 def _check(fields: Mapping[str, Any]) -> None:
   given = {**fields, "variant": (fields["neck_fields"] or {}).get("variant", "paper")}
-  wanted = {"neck": "fpt", "adaptive": True, "convention": "detectron", "backbone_kind": "resnet"}
-  wanted["variant"] = "official"
-  other = [f"{k}={given[k]!r}" for k, value in wanted.items() if given[k] != value]
+  expected = {"neck": "fpt", "adaptive": True, "convention": "detectron", "backbone_kind": "resnet"}
+  expected["variant"] = "official"
+  other = [f"{k}={given[k]!r}" for k, value in expected.items() if given[k] != value]
   backbone = fields["backbone"] or {}
   if backbone.get("norm", "frozen_batch_norm") != "frozen_batch_norm":
     other.append(f"trained norms in the backbone ({backbone['norm']})")

@@ -26,15 +26,14 @@ class CompletionPredictor:
     if not 0 <= options.prefix_fraction <= 1 or options.samples < 1 or options.temperature < 0:
       given = f"{options.prefix_fraction}, {options.samples}, {options.temperature}"
       limits = "--prefix_fraction in [0, 1], --samples of at least 1, --temperature of at least 0"
-      raise ValueError(f"expected {limits}; got {given}")
+      raise ValueError(f"completions: {given}; expected {limits}")
     if options.top_k is not None and options.top_k < 1:
       raise ValueError(f"--top_k: {options.top_k}; expected at least 1")
     self._trained, self._fraction = trained, options.prefix_fraction
     sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "seed")}
     task: Any = trained.task
-    self._predict = jax.jit(
-      dataclasses.replace(task, completions=options.samples, **sampling).predict
-    )
+    task = dataclasses.replace(task, completions=options.samples, **sampling)
+    self._predict = jax.jit(task.predict)
 
   def __call__(self, image: Image) -> Prediction:
     """Returns `given`, the number of pixels of the prefix, and `nats`, the mean loss of all pixels.

@@ -110,7 +110,7 @@ def _grid(
   count, height, width, _ = batch["upsampled_image"].shape
   rows, aspect = min(count, MAX_IMAGES), float(np.clip(height / width, 0.4, 1.6))
   if not rows:
-    raise ValueError("there is no image to draw")
+    raise ValueError("batch: no image to draw; expected at least one")
   size = (len(columns) * CELL, rows * (CELL * aspect + 0.35) + 0.7)
   figure = Figure(figsize=size, dpi=110, layout="constrained")
   figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
