@@ -130,17 +130,29 @@ def test_partial_rows_skipped(tmp_path):
   assert read_metrics(tmp_path) == [{"step": 1, "a": 2.0}]
 
 
-def test_non_utf8_line_dropped(tmp_path):
+def test_null_read_as_nan(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": null}\n')
+  (row,) = read_metrics(tmp_path)
+  assert row["step"] == 1
+  assert np.isnan(row["a"])
+
+
+@pytest.mark.parametrize(
+  "damage", [b'\xff"step": 2}\n', b'{"step": 2, "a\0\0\n', b'{"step": 2, "a": []}\n']
+)
+def test_damaged_row_dropped_and_named(tmp_path, caplog, damage):
   with MetricWriter(tmp_path) as writer:
     for step in (1, 2, 3):
       writer.write_scalars(step, {"train/loss": float(step)})
   path = tmp_path / "metrics.jsonl"
-  first, second, third = path.read_bytes().splitlines(keepends=True)
-  path.write_bytes(first + b"\xff" + second[1:] + third)
+  first, _, third = path.read_bytes().splitlines(keepends=True)
+  path.write_bytes(first + damage + third)
   assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3]
   with MetricWriter(tmp_path, resume_step=3):
     pass
   assert path.read_bytes() == first + third
+  assert all(f"{path}: damaged rows dropped: lines 2" in text for text in caplog.messages)
+  assert len(caplog.messages) == 2
 
 
 def test_surrogates_escaped_for_tensorboard(tmp_path):

@@ -224,38 +224,33 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
   Incomplete rows of an interrupted run are dropped.
   """
-  path = epath.Path(workdir) / METRICS_FILE
-  rows = [json.loads(line) for line in _read_lines(path) if _step_of(line) < math.inf]
-  return [{k: v if k == "step" else float(v) for k, v in row.items()} for row in rows]
+  return [row for _, row in _read_rows(epath.Path(workdir) / METRICS_FILE)]
 
 
-def _read_lines(path: epath.Path | pathlib.Path) -> list[str]:
-  """Returns the lines of a file; those that are not UTF-8 are dropped with a warning."""
-  lines, dropped = [], []
+def _read_rows(path: epath.Path | pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
+  """Returns lines and their values (null is NaN); drops damaged lines with a warning."""
+  rows, damaged = [], []
   for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    if not line.endswith(b"\n"):  # the last row of an interrupted run
+      continue
     try:
-      lines.append(line.decode())
-    except UnicodeDecodeError:
-      dropped.append(str(number))
-  if dropped:
-    logging.warning("%s: line %s is not UTF-8; dropped", path, ", ".join(dropped[:5]))
-  return lines
+      row = json.loads(line.decode())
+      values = {k: math.nan if v is None else float(v) for k, v in row.items()}
+      rows.append((line, values | {"step": int(row["step"])}))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+      damaged.append(str(number))
+  if damaged:
+    logging.warning("%s: damaged rows dropped: lines %s", path, ", ".join(damaged[:5]))
+  return rows
 
 
 def _truncate(path: pathlib.Path, last_step: int) -> None:
-  """Removes the rows of steps after `last_step`, and an incomplete last row."""
+  """Removes the rows of steps after `last_step`, and damaged ones."""
   if not path.exists():
     return
-  content = "".join(line for line in _read_lines(path) if _step_of(line) <= last_step).encode()
+  content = b"".join(line for line, row in _read_rows(path) if row["step"] <= last_step)
   if content != path.read_bytes():
     atomic_write.write(path, content)
-
-
-def _step_of(line: str) -> float:
-  try:
-    return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-  except (ValueError, KeyError, TypeError, RecursionError):
-    return math.inf
 
 
 def _as_float(name: str, value: Any) -> float:
