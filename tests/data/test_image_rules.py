@@ -1,6 +1,7 @@
 """The rules of docs/IMAGES.md: unusual files give the same pixels on all input paths."""
 
 import contextlib
+import io
 import json
 import struct
 import zlib
@@ -68,14 +69,63 @@ def palette_with_transparency():
   )
 
 
+def gray_profile():
+  """Returns a gray profile of gamma 1, which littleCMS cannot write."""
+  white = b"XYZ " + struct.pack(">4xiii", 63190, 65536, 54061)
+  curve = b"curv" + struct.pack(">4xIHxx", 1, 256)
+  header = struct.pack(">I4xI4s4s4s12x4s28x", 192, 0x02400000, b"mntr", b"GRAY", b"XYZ ", b"acsp")
+  tags = struct.pack(">I4sII4sII", 2, b"wtpt", 156, 20, b"kTRC", 176, 16)
+  return header + white[8:] + bytes(128 - len(header) - 12) + tags + white + curve
+
+
+def gray_to_srgb(gray):
+  profile = ImageCms.ImageCmsProfile(io.BytesIO(gray_profile()))
+  srgb = ImageCms.createProfile("sRGB")
+  return np.asarray(
+    ImageCms.profileToProfile(Image.fromarray(gray), profile, srgb, outputMode="RGB")
+  )
+
+
+def png_chunk(kind, data):
+  return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def clear_shallow_gray(bits):
+  """Returns a PNG of 2 or 4 bits a pixel whose samples of 1 are transparent, and its pixels."""
+  samples = np.array([0, 1, 2, 3] if bits == 2 else [1, 11])  # a byte 0x1b
+  header = struct.pack(">IIBBBBB", 8 * len(samples), 24, bits, 0, 0, 0, 0)
+  data = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"tRNS", b"\0\1")
+  data += png_chunk(b"IDAT", zlib.compress((b"\0" + b"\x1b" * 8) * 24)) + png_chunk(b"IEND", b"")
+  pixels = np.where(samples == 1, 255, samples * 255 // (2**bits - 1))
+  return data, rgb(np.tile(pixels, (24, 8)))
+
+
 def clear_deep_rgb():
   """A PNG of 16 bits a channel with a transparent colour, which Pillow cannot write."""
   samples = PHOTO.astype(np.uint16) * 256 + 9
+  samples[:, 1] = samples[0, 0]
+  samples[:, 2] = samples[0, 0] + 1  # equal to the key in the upper bytes only: opaque
   data = cv2.imencode(".png", samples[..., ::-1])[1].tobytes()
-  chunk = b"tRNS" + struct.pack(">HHH", *samples[0, 0])
-  chunk = struct.pack(">I", 6) + chunk + struct.pack(">I", zlib.crc32(chunk))
-  blank = (PHOTO[0, 0] == PHOTO).all(2, keepdims=True)
-  return data[:33] + chunk + data[33:], np.where(blank, 255, PHOTO)  # 33: after the header
+  blank = (samples[0, 0] == samples).all(2, keepdims=True)
+  chunk = png_chunk(b"tRNS", struct.pack(">HHH", *samples[0, 0]))
+  return data[:33] + chunk + data[33:], np.where(blank, 255, samples >> 8)  # 33: after the header
+
+
+def exif_with_long(order):
+  """Returns an EXIF block whose orientation, 6, is a LONG instead of the standard's SHORT."""
+  name = b"II" if order == "<" else b"MM"
+  return b"Exif\0\0" + name + struct.pack(order + "HIHHHIII", 42, 8, 1, 0x0112, 4, 1, 6, 0)
+
+
+def profile_cases():
+  yield "srgb", encode(PHOTO, "PNG", icc_profile=SRGB), PHOTO
+  yield "profile", encode(PHOTO, "PNG", icc_profile=SWAPPED), PHOTO[..., ::-1]
+  yield "profile jpeg", encode(PHOTO, "JPEG", icc_profile=SWAPPED), None
+  yield "profile of another space", encode(GRAY, "PNG", icc_profile=SWAPPED), rgb(GRAY)
+  kinds = (GRAY, np.dstack([GRAY, GRAY * 0 + 255]), GRAY.astype(np.uint16) * 256)
+  for name, image in zip(("gray", "la", "16 bit"), kinds, strict=True):
+    yield f"{name} profile", encode(image, "PNG", icc_profile=gray_profile()), gray_to_srgb(GRAY)
+  yield "broken profile", encode(PHOTO, "PNG", icc_profile=b"broken" * 40), PHOTO
 
 
 def cases():
@@ -86,6 +136,7 @@ def cases():
     yield f"tiff {turn}", encode(PHOTO, "TIFF", tiffinfo={0x0112: turn}), upright(turn)
     lossless = dict(lossless=True, exif=with_exif(turn))
     yield f"webp {turn}", encode(PHOTO, "WEBP", **lossless), upright(turn)
+  yield "long exif", encode(PHOTO, "JPEG", exif=exif_with_long(">")), None
   xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
   yield "xmp", encode(PHOTO, "JPEG", xmp=xmp), None
   yield "rgba", encode(np.dstack([PHOTO, ALPHA]), "PNG"), on_white(PHOTO, ALPHA)
@@ -106,6 +157,8 @@ def cases():
   deep = GRAY.astype(np.uint16) * 256
   yield "clear 16 bit", encode(deep, "PNG", transparency=int(deep[0, 0])), clear
   yield "clear 16 bit rgb", *clear_deep_rgb()
+  yield "clear 2 bit", *clear_shallow_gray(2)
+  yield "clear 4 bit", *clear_shallow_gray(4)
   yield "16 bit tiff", encode(GRAY.astype(np.uint16) * 256, "TIFF"), rgb(GRAY)
   yield "32 bit tiff", encode(np.full((4, 4), 1 << 20, np.int32), "TIFF"), np.full((4, 4, 3), 255)
   yield "float", encode(GRAY.astype(np.float32) / 255, "TIFF"), rgb(GRAY)
@@ -116,11 +169,7 @@ def cases():
   yield "infinity", encode(bright, "TIFF"), rgb(np.tile([[255, 0], [0, 255]], (4, 4)))
   yield "cmyk", encode(Image.fromarray(PHOTO).convert("CMYK"), "JPEG"), None
   yield "cmyk tiff", encode(Image.fromarray(PHOTO).convert("CMYK"), "TIFF"), PHOTO
-  yield "srgb", encode(PHOTO, "PNG", icc_profile=SRGB), PHOTO
-  yield "profile", encode(PHOTO, "PNG", icc_profile=SWAPPED), PHOTO[..., ::-1]
-  yield "profile jpeg", encode(PHOTO, "JPEG", icc_profile=SWAPPED), None
-  yield "profile of another space", encode(GRAY, "PNG", icc_profile=SWAPPED), rgb(GRAY)
-  yield "broken profile", encode(PHOTO, "PNG", icc_profile=b"broken" * 40), PHOTO
+  yield from profile_cases()
   yield "gif", encode(Image.fromarray(PHOTO).quantize(16), "GIF"), None
   yield "progressive", encode(PHOTO, "JPEG", progressive=True), None
   for kind in ("AVIF", "JPEG2000", "PPM", "BMP"):
@@ -205,6 +254,13 @@ def test_jpeg_equals_pillow(name):
   else:
     np.testing.assert_array_equal(fast, images._decode_with_pillow(data))
     assert fast.flags.c_contiguous
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_exif_orientation_stored_as_long(order):
+  data = encode(PHOTO, "JPEG", exif=exif_with_long(order))
+  assert images.parse_header(data) == (24, 32, 6)
+  assert images.decode_image(data).shape == (32, 24, 3)
 
 
 def test_orient_and_orient_boxes():

@@ -176,9 +176,11 @@ def _exif_orientation(tiff: bytes) -> int:
     return 0
   (count,) = struct.unpack_from(order + "H", tiff, first)
   for entry in range(first + 2, min(first + 2 + 12 * count, len(tiff) - 11), 12):
-    tag, kind, _, value = struct.unpack_from(order + "HHIH", tiff, entry)
+    tag, kind = struct.unpack_from(order + "HH", tiff, entry)
     if tag == _ORIENTATION:
-      return value if kind == 3 and 1 <= value <= 8 else 0
+      form = {3: "H", 4: "I"}.get(kind)  # SHORT, as the standard says, or LONG
+      (value,) = struct.unpack_from(order + form, tiff, entry + 8) if form else (0,)
+      return value if 1 <= value <= 8 else 0
   return 0
 
 
@@ -285,10 +287,16 @@ def _decode_with_pillow(data: bytes) -> Pixels:
     with Image.open(io.BytesIO(data)) as image:
       if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.height}x{image.width} pixels")
-      clear = image.info.get("transparency")
-      if isinstance(clear, tuple) and data[24] == 16:  # bits; Pillow keeps the upper bytes
-        image.info["transparency"] = tuple(sample >> 8 for sample in clear)
+      clear, bits = image.info.get("transparency"), data[24] if image.format == "PNG" else 8
+      if image.mode == "L" and clear is not None and bits < 8:
+        image.info["transparency"] = clear * 255 // (2**bits - 1)  # as Pillow scales the samples
       image.load()
+      if isinstance(clear, tuple) and bits == 16:  # Pillow keeps the upper bytes only
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+        samples = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), flags))
+        is_opaque = np.not_equal(samples, clear).any(2)
+        del image.info["transparency"]
+        image.putalpha(Image.fromarray(is_opaque))
       return _to_rgb(ImageOps.exif_transpose(image), image.info.get("icc_profile"))
   except Exception as error:  # decoders raise many types
     raise CorruptExampleError(_reason(error, data)) from error
@@ -300,18 +308,20 @@ def _reason(error: Exception, data: bytes) -> str:
 
 
 def _to_rgb(image: Image.Image, icc: bytes | None) -> Pixels:
+  alpha = None
   if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16: the upper byte
     samples = np.asarray(image).astype(np.int64)
-    return _from_gray(np.where(samples == image.info.get("transparency"), 255, samples >> 8))
-  if image.mode == "F":
+    alpha = Image.fromarray(samples != image.info.get("transparency")).convert("L")
+    image = _to_gray(samples >> 8)
+  elif image.mode == "F":
     samples = np.nan_to_num(np.asarray(image), posinf=np.inf, neginf=-np.inf)
     largest = samples.max(initial=0, where=np.isfinite(samples))
-    return _from_gray(np.round(samples * 255 if largest <= 1 else samples))
-  alpha = None
-  if image.has_transparency_data:
+    image = _to_gray(np.round(samples * 255 if largest <= 1 else samples))
+  elif image.has_transparency_data:
+    is_gray = image.mode in ("L", "LA")
     image = image.convert("RGBA")
-    alpha = image.getchannel("A")
-  if alpha is not None or image.mode not in ("L", "CMYK"):
+    alpha, image = image.getchannel("A"), image.convert("L" if is_gray else "RGB")
+  elif image.mode not in ("L", "CMYK"):
     image = image.convert("RGB")
   to_srgb = None if icc is None else _srgb_transform(icc, image.mode)
   pixels = np.array(image.convert("RGB") if to_srgb is None else to_srgb.apply(image))
@@ -323,8 +333,8 @@ def _to_rgb(image: Image.Image, icc: bytes | None) -> Pixels:
   return np.array(Image.alpha_composite(white, opaque).convert("RGB"))
 
 
-def _from_gray(samples: Shaped[np.ndarray, "h w"]) -> Pixels:
-  return np.repeat(np.clip(samples, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+def _to_gray(samples: Shaped[np.ndarray, "h w"]) -> Image.Image:
+  return Image.fromarray(np.clip(samples, 0, 255).astype(np.uint8))
 
 
 @functools.lru_cache(maxsize=256)
