@@ -88,6 +88,8 @@ class System:
   several_inputs: tuple[str, ...] = ()  # families of models with inputs besides images
   parts: tuple[str, ...] = ()  # families that are parts of other models, without a task
   heads: tuple[str, ...] = ()  # sub-trees that depend on the task; see `weights.finetune_init`
+  below_heads: tuple[str, ...] = ()  # sub-trees without which heads are newly initialised
+  extra_tokens: tuple[str, ...] = ()  # parameters with position rows before the grid's
   # Patterns of the paths of renamed config fields, and their new names; see `config.RENAMED`.
   renamed_fields: tuple[tuple[str, str], ...] = ()
   # Patterns of the paths of removed fields, and the values that they must have in saved runs.
@@ -103,6 +105,7 @@ CORE = System(
     Option("explain", bool, False, "also draw attention maps"),
     Option("seed", int, 0, "random seed"),
   ),
+  heads=("head/",),
   part_readers={"*/backbone": "weights.backbones:read_backbone"},
   backbones={"resnet": "nn.resnet:ResNet"},
 )

@@ -105,8 +105,7 @@ class Task(abc.ABC):
   def weight_files(self) -> Mapping[str, str]:
     """Pretrained files or runs, by sub-tree, for variables that `init_from` does not have.
 
-    "vgg" is a collection, "params/generator/extractor" a sub-tree of the parameters, "*/backbone" a
-    sub-tree of every collection.
+    "params/encoder" is a sub-tree of the parameters, "*/backbone" one of every collection.
     """
     return {}
 

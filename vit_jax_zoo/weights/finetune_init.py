@@ -8,7 +8,7 @@ from absl import logging
 from flax import traverse_util
 
 from vit_jax_zoo.ops.resize import find_grid, resize_position_grid
-from vit_jax_zoo.registry import systems
+from vit_jax_zoo.registry import CORE, systems
 from vit_jax_zoo.weights.key_map import (
   check_finite,
   list_problems,
@@ -17,9 +17,6 @@ from vit_jax_zoo.weights.key_map import (
   unroll,
   unroll_shapes,
 )
-
-HEADS = ("head/", "pre_logits/")
-"""Sub-trees of a classifier that a new task may drop or newly initialise; see `System.heads`."""
 
 POSITIONS = ("position_embedding/table", "position_embedding")  # [1 n d], [n d]
 
@@ -56,18 +53,18 @@ def fit_to_model(
   """
   adapted, problems = dict(variables), list[str]()
   for collection in source.keys() & variables.keys():
-    want = traverse_util.flatten_dict(variables[collection], sep="/")
-    have = traverse_util.flatten_dict(source[collection], sep="/")
+    target = traverse_util.flatten_dict(variables[collection], sep="/")
+    given = traverse_util.flatten_dict(source[collection], sep="/")
     loose = [part.partition("/")[2] for part in optional if part.startswith(f"{collection}/")]
-    shared = want
+    shared = target
     for part in loose:
-      one, other = ({k for k in x if k.startswith(f"{part}/")} for x in (have, shared))
+      one, other = ({k for k in x if k.startswith(f"{part}/")} for x in (given, shared))
       if bool(one) != bool(other):
         left = one | other
-        have, shared = ({k: v for k, v in x.items() if k not in left} for x in (have, shared))
-    taken = dict(_taken(_in_layout_of(have, shared), shared, problems, (source_grid, grid)))
-    adapted[collection] = traverse_util.unflatten_dict({**want, **taken}, sep="/")
-    fresh = sorted(want.keys() - taken.keys())
+        given, shared = ({k: v for k, v in x.items() if k not in left} for x in (given, shared))
+    taken = dict(_taken(_in_layout_of(given, shared), shared, problems, (source_grid, grid)))
+    adapted[collection] = traverse_util.unflatten_dict({**target, **taken}, sep="/")
+    fresh = sorted(target.keys() - taken.keys())
     if fresh and not problems:
       logging.info("%s: not loaded, newly initialised: %s", name, ", ".join(fresh))
   if problems:
@@ -76,15 +73,15 @@ def fit_to_model(
   return adapted
 
 
-def _in_layout_of(have: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str, Any]:
-  """Scans or unrolls layers as in `want`; layers without a match stay as they are."""
-  if have.keys() == want.keys():
-    return dict(have)
-  layers = unroll(have)
-  wanted = unroll_shapes({path: np.shape(leaf) for path, leaf in want.items()})
-  if not wanted.keys() <= layers.keys():
-    return dict(have)
-  return stack(layers, want) | {path: layers[path] for path in layers.keys() - wanted.keys()}
+def _in_layout_of(given: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, Any]:
+  """Scans or unrolls layers as in `target`; layers without a match stay as they are."""
+  if given.keys() == target.keys():
+    return dict(given)
+  layers = unroll(given)
+  expected = unroll_shapes({path: np.shape(leaf) for path, leaf in target.items()})
+  if not expected.keys() <= layers.keys():
+    return dict(given)
+  return stack(layers, target) | {path: layers[path] for path in layers.keys() - expected.keys()}
 
 
 def relayout(variables: Mapping[str, Any], *, scan_layers: bool | None) -> dict[str, Any]:
@@ -98,14 +95,18 @@ def relayout(variables: Mapping[str, Any], *, scan_layers: bool | None) -> dict[
 
 
 def _taken(
-  have: Mapping[str, Any], want: Mapping[str, Any], problems: list[str], grids: Grids
+  given: Mapping[str, Any], target: Mapping[str, Any], problems: list[str], grids: Grids
 ) -> Iterator[tuple[str, Any]]:
   """Yields the arrays that fit, position tables resized; appends the others to `problems`."""
-  has_cls = "cls_token" in have, "cls_token" in want
-  heads = (*HEADS, *(head for system in systems().values() for head in system.heads))
-  dropped_below_head = "pre_logits/kernel" in have and "pre_logits/kernel" not in want
-  for key, leaf in want.items():
-    array, is_head = have.get(key), key.startswith(heads)
+  heads, below, extra = (
+    tuple(path for system in (CORE, *systems().values()) for path in getattr(system, field))
+    for field in ("heads", "below_heads", "extra_tokens")
+  )
+  has_extra = any(path in given for path in extra), any(path in target for path in extra)
+  below = tuple(path for path in below if any(key.startswith(path) for key in given))
+  dropped_below_head = any(not any(key.startswith(path) for key in target) for path in below)
+  for key, leaf in target.items():
+    array, is_head = given.get(key), key.startswith(heads)
     if array is None:
       if not is_head:
         problems.append(f"{key} is missing")
@@ -113,33 +114,31 @@ def _taken(
       continue
     elif key in POSITIONS and (array.ndim, array.shape[-1]) == (leaf.ndim, leaf.shape[-1]):
       rows, table = leaf.shape[-2], array.reshape(1, *array.shape[-2:])
-      yield key, _refit(table, rows, grids, has_cls).reshape(leaf.shape)
+      yield key, _refit(table, rows, grids, has_extra).reshape(leaf.shape)
     elif array.shape == leaf.shape:
       yield key, array
     else:
       problems.append(f"{key} has shape {array.shape}; expected {leaf.shape}")
-  unused = (key for key in sorted(have.keys() - want.keys()) if not key.startswith(heads))
+  unused = (key for key in sorted(given.keys() - target.keys()) if not key.startswith(heads))
   problems += [f"{key} has no place" for key in unused]
 
 
-def _refit(table: np.ndarray, rows: int, grids: Grids, has_cls: tuple[bool, bool]) -> np.ndarray:
-  """Returns a position table [1 n d] resized to `rows`; the class token's row is kept."""
+def _refit(table: np.ndarray, rows: int, grids: Grids, has_extra: tuple[bool, bool]) -> np.ndarray:
+  """Returns a position table [1 n d] resized to `rows`; the rows before the grid's are kept."""
   if table.shape[1] == rows and (None in grids or grids[0] == grids[1]):
     return table
-  first, old = _layout(table.shape[1], grids[0], has_cls[0], "the source")
-  wanted, new = _layout(rows, grids[1], has_cls[1], "the model")
-  if first != wanted:
-    raise ValueError(
-      f"position embeddings: the source has {first} rows for the class token; expected {wanted}; "
-      "set cls_token_position as in the source"
-    )
+  first, old = _layout(table.shape[1], grids[0], has_extra[0], "the source")
+  expected, new = _layout(rows, grids[1], has_extra[1], "the model")
+  if first != expected:
+    wrong = f"position embeddings: {first} rows before the source's grid; expected {expected}"
+    raise ValueError(f"{wrong}. Set the model's fields as in the source")
   resized = resize_position_grid(np.asarray(table[0, first:]), old, new)
   return np.concatenate([table[:, :first], resized[None]], axis=1).astype(table.dtype)
 
 
-def _layout(rows: int, grid: Grid | None, has_cls: bool, whose: str) -> tuple[int, Grid]:  # noqa: FBT001
+def _layout(rows: int, grid: Grid | None, has_extra: bool, whose: str) -> tuple[int, Grid]:  # noqa: FBT001
   """Returns the number of rows before the grid's, and the grid; a square one if unknown."""
-  if found := find_grid(rows, (1, 0) if has_cls else (0,), grid):
+  if found := find_grid(rows, (1, 0) if has_extra else (0,), grid):
     return found
   wrong = (
     "which is no square grid, and the grid is unknown; use images of the same size or square ones"

@@ -56,9 +56,8 @@ def load_pretrained(
     resize: interpolation of position embeddings, a key of `ops.resize.METHODS`; None: that of the
       publisher's code.
     **overrides: fields of the model. If `num_classes` differs, the head is zero-initialised;
-      `num_classes=None` drops it. A ViT's `representation_size=None` drops `pre_logits` and
-      zero-initialises the head, which was trained on its output. timm's files do not state the
-      number of heads; give `num_heads` if it is inferred wrong.
+      `num_classes=None` drops it. Without a layer of the file below the head, the head is
+      zero-initialised, too. timm's files do not state `num_heads`; give it if it is inferred wrong.
 
   Raises:
     ValueError: the file is missing, in no known format, or does not fit.

@@ -1,9 +1,9 @@
 """Parts of a model initialised from files: backbones, necks, fixed perceptual networks.
 
 `Task.weight_files` names the files by the part's path: "*/backbone" is the part of that name in
-every collection of variables, "params/generator/extractor" or "vgg" a single sub-tree. The reader
-of a part is `read(path, shapes) -> arrays`, both by path within the part; systems register further
-ones (`System.part_readers`).
+every collection of variables, "params/encoder" a single sub-tree. The reader of a part is
+`read(path, shapes) -> arrays`, both by path within the part; systems register further ones
+(`System.part_readers`).
 """
 
 from collections.abc import Iterable, Mapping

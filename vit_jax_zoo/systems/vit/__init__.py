@@ -12,5 +12,8 @@ SYSTEM = System(
   ),
   published="published:PUBLISHED",
   paper_scores="published:PAPER_SCORES",
+  heads=("pre_logits/",),
+  below_heads=("pre_logits/",),
+  extra_tokens=("cls_token",),
   renamed_fields=(("model.norm_after_pool", "fc_norm"),),
 )
