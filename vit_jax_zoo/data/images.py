@@ -80,10 +80,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def bounded_size(height: int, width: int) -> tuple[int, int]:
-  """Returns the size of a resized image with sides of at least 1.
-
-  CorruptExampleError above `MAX_PIXELS`, such as a line of pixels whose shorter side is enlarged.
-  """
+  """Returns a resized image's size, sides at least 1; CorruptExampleError above `MAX_PIXELS`."""
   if height * width > MAX_PIXELS:
     raise CorruptExampleError(f"resized to {height}x{width}; expected at most {MAX_PIXELS} pixels")
   return max(1, height), max(1, width)

@@ -154,10 +154,7 @@ def read_class_names(config: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 def label_fields(class_names: Sequence[str], count: int) -> dict[str, Any]:
-  """Returns the names of `count` classes in a `config.json`; without any they are LABEL_<i>.
-
-  Classes without a name beside others get their id, with a warning.
-  """
+  """Returns the names of `count` classes in a `config.json`; without any they are LABEL_<i>."""
   if 0 < len(class_names) < count:
     text = "class_names: %d names of %d classes; the others are written as their ids"
     logging.warning(text, len(class_names), count)

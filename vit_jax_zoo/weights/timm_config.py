@@ -1,15 +1,12 @@
-"""Reads and writes the `config.json` beside timm's weights: preprocessing and class names.
+"""Reads and writes the `config.json` beside timm's weights: preprocessing and class names."""
 
-timm publishes folders of it and `model.safetensors`, and
-`timm.create_model("local-dir:<folder>", pretrained=True)` reads them.
-"""
-
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
 
-from vit_jax_zoo.weights.checkpoint import Export, Size
+from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.hf_config import write_folder
 from vit_jax_zoo.weights.key_map import Flat, WeightsError
 from vit_jax_zoo.weights.preprocess import PILLOW_FILTERS, Preprocess
@@ -18,24 +15,17 @@ from vit_jax_zoo.weights.readers import Published
 _FITS = {"center": "crop", "squash": "squash"}
 
 
-def read(
-  published: Published,
-  *,
-  size: Size,
-  mean: float | tuple[float, ...],
-  std: float | tuple[float, ...],
-  crop_pct: float,
-) -> dict[str, Any]:
+def read(published: Published, default: Preprocess) -> dict[str, Any]:
   """Returns the fields `preprocess`, `image_size` and `task_fields` of a `Checkpoint`.
 
-  `image_size` is None if the file does not state it; the other arguments are defaults.
+  `image_size` is None if the file does not state it.
   """
   config = published.config
   for key in ("pretrained_cfg", "model_args"):
     if not isinstance(config.get(key) or {}, Mapping):
       raise WeightsError(f"{published.path}: config.json: {key} is not an object")
   given = config.get("pretrained_cfg") or config  # older files have its fields at the top
-  stated = given.get("input_size")
+  stated = _numbers(published, given, "input_size", 3)
   interpolation, mode = given.get("interpolation", "bicubic"), given.get("crop_mode", "center")
   if interpolation not in PILLOW_FILTERS or mode not in _FITS:
     logging.warning(
@@ -43,12 +33,12 @@ def read(
       "crop replace what is not", published.path, interpolation, mode,
     )  # fmt: skip
   preprocess = Preprocess(
-    size if stated is None else (int(stated[1]), int(stated[2])),
-    mean=tuple(map(float, given["mean"])) if given.get("mean") else mean,
-    std=tuple(map(float, given["std"])) if given.get("std") else std,
+    default.image_size if stated is None else (int(stated[1]), int(stated[2])),
+    mean=_numbers(published, given, "mean", 1, 3) or default.mean,
+    std=_numbers(published, given, "std", 1, 3) or default.std,
     fit=_FITS.get(mode, "crop"),
     interpolation=interpolation if interpolation in PILLOW_FILTERS else "bicubic",
-    crop_pct=float(given.get("crop_pct") or crop_pct),
+    crop_pct=(_numbers(published, given, "crop_pct", 1) or (default.crop_pct,))[0],
   )
   names = config.get("label_names") or given.get("label_names") or config.get("labels") or ()
   return {
@@ -58,13 +48,22 @@ def read(
   }
 
 
+def _numbers(
+  published: Published, given: Mapping[str, Any], field: str, *counts: int
+) -> tuple[float, ...] | None:
+  value, lowest = given.get(field), -math.inf if field == "mean" else 0
+  found = value if isinstance(value, list) else [value]
+  is_known = len(found) in counts and all(type(x) in (int, float) for x in found)
+  if value is not None and not (is_known and all(lowest < x < math.inf for x in found)):
+    expected = f"{' or '.join(map(str, counts))} numbers above {lowest}"
+    raise WeightsError(f"{published.path}: config.json: {field} is {value!r}; expected {expected}")
+  return None if value is None else tuple(found)
+
+
 def write(
   path: str, arrays: Flat, export: Export, architecture: str, arguments: Mapping[str, Any]
 ) -> None:
-  """Writes a folder with `model.safetensors`, arrays by timm's keys, and `config.json`.
-
-  `architecture` is timm's model, `arguments` those of its constructor that differ from its default.
-  """
+  """Writes a folder with `model.safetensors`, arrays by timm's keys, and `config.json`."""
   preprocess, names = export.preprocess, list(export.class_names)
   num_classes = export.fields()["num_classes"] or 0
   fit = {ours: theirs for theirs, ours in _FITS.items()}.get(preprocess.fit)

@@ -183,6 +183,12 @@ def test_other_architecture_with_vit_keys_raises(added, architecture, message, t
     ({"model_args": {"block_fn": "ParallelScalingBlock"}}, "block_fn"),
     ({"model_args": [1]}, "model_args"),
     ({"pretrained_cfg": [1]}, "pretrained_cfg"),
+    ({"architecture": ["test_vit"]}, "architecture"),
+    ({"pretrained_cfg": {"mean": ["a"]}}, "mean"),
+    ({"pretrained_cfg": {"std": [0.5, 0.5]}}, "std"),
+    ({"pretrained_cfg": {"input_size": [160]}}, "input_size"),
+    ({"input_size": "160"}, "input_size"),
+    ({"pretrained_cfg": {"crop_pct": -1}}, "crop_pct"),
   ],
 )
 def test_invalid_timm_config_raises(config, message, tmp_path):
@@ -199,11 +205,24 @@ def test_fields_are_completed_by_architecture(tmp_path, caplog):
   with caplog.at_level("INFO"):
     assert load_pretrained(str(tmp_path)).model.num_heads == 1
   assert "assumes 1 heads, activation gelu, pool cls" in caplog.text
-  (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit"}))
-  assert load_pretrained(str(tmp_path)).model.num_heads == 2
+  for name in ("test_vit", "timm/test_vit.r160_in1k"):
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": name}))
+    assert load_pretrained(str(tmp_path)).model.num_heads == 2
   architecture = "vit_so400m_patch16_siglip_gap_256"
   (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture}))
   assert load_pretrained(str(tmp_path)).model.activation == "gelu_tanh"
+
+
+def test_architecture_that_is_no_plain_vit_warns(tmp_path, caplog):
+  _, variables = tiny_variables(depth=1)
+  write_timm(str(tmp_path / "model.safetensors"), flat(variables))
+  for name in ("vit_base_patch16_224.augreg_in21k", "beit_base_patch16_224"):
+    caplog.clear()
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": name}))
+    load_pretrained(str(tmp_path))
+    assert (
+      "'beit_base_patch16_224' in config.json, no plain ViT" in caplog.text
+    ) == name.startswith("beit")
 
 
 def test_wrapper_prefixes_are_removed(tmp_path):

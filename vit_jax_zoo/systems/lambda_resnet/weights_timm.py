@@ -15,6 +15,7 @@ from vit_jax_zoo.weights.backbones import Backbone
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
 from vit_jax_zoo.weights.infer import outputs_of, side
 from vit_jax_zoo.weights.key_map import Array, Flat, Row, Transform, WeightsError, write
+from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
 
 # Arrays of another shape pass unchanged, and fail the shape check.
@@ -87,8 +88,8 @@ def read_checkpoint(published: Published) -> Checkpoint:
   fields, arrays = infer_fields(published.arrays, published.path), published.arrays
   # timm's model cards: 256 pixels, bicubic, center crop of 94 % (50ts: 95 %).
   crop_pct = 0.95 if fields["activation"] == "silu" else 0.94
-  defaults = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop_pct": crop_pct}
-  settings = timm_config.read(published, size=(256, 256), **defaults)
+  default = Preprocess((256, 256), IMAGENET_MEAN, IMAGENET_STD, crop_pct=crop_pct)
+  settings = timm_config.read(published, default)
   if size := settings["image_size"] or _size_of_tables(arrays):
     settings |= {"preprocess": settings["preprocess"].at_size(size), "image_size": size}
   return LambdaCheckpoint(

@@ -1,8 +1,4 @@
-"""timm's Vision Transformers and hybrids, as safetensors: `timm/vit_base_patch16_224.augreg_in1k`.
-
-Heads, activation and pooling are read from `architecture` and `model_args` of config.json. Without
-them, the heads are those of the published size of the same width and depth, or 64 wide.
-"""
+"""timm's Vision Transformers and hybrids, such as `timm/vit_base_patch16_224.augreg_in1k`."""
 
 import itertools
 import math
@@ -21,6 +17,7 @@ from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.fused_qkv import join, split
 from vit_jax_zoo.weights.infer import count, outputs_of, side
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, unroll, write
+from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, block_rows, layer_rows, norm_rows
 
@@ -97,7 +94,13 @@ _ARCHITECTURE_ARGS: tuple[tuple[str, dict[str, Any]], ...] = (
   (r"vit_(base_patch32_siglip_gap_256|large_patch16_siglip_gap_512)", {"act_layer": "gelu_tanh"}),
 )
 """Arguments of timm's architectures that neither their arrays nor their sizes determine. The list
-is complete for timm 1.0.31: every ViT, DeiT and hybrid whose keys and shapes are a plain ViT's."""
+is complete for timm 1.0.31: every model of `_PLAIN`."""
+
+_PLAIN = re.compile(
+  r"test_vit|flexivit_[a-z]+|((vit|deit)_[a-z0-9]+|eva_large)_"
+  r"(mci|patch\d+(_siglip)?(_gap)?|r\d*_s\d+(_p\d+)?|resnet\d+d(_s\d+)?)_\d+(_miil)?"
+)
+"""timm's models with a plain ViT's keys, shapes and layers."""
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
@@ -144,8 +147,11 @@ def _infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str,
 
 def read_checkpoint(published: Published) -> common.VitCheckpoint:
   """Reads a file, and the `config.json` beside it, if there is one."""
-  settings = timm_config.read(published, size=(224, 224), mean=HALF, std=HALF, crop_pct=0.9)
-  path, architecture = published.path, str(published.config.get("architecture", ""))
+  settings = timm_config.read(published, Preprocess((224, 224), HALF, HALF, crop_pct=0.9))
+  path, stated_name = published.path, published.config.get("architecture") or ""
+  if not isinstance(stated_name, str):
+    raise WeightsError(f"{path}: architecture is {stated_name!r}; expected a name of timm")
+  architecture = stated_name.rpartition("/")[-1].partition(".")[0]  # without timm's tag
   stated = published.config.get("model_args") or {}
   names = (architecture, *(k for k, x in stated.items() if x is not None), *published.arrays)
   for name, (pattern, what) in itertools.product(names, _REFUSED):
@@ -160,10 +166,11 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
   activation = arguments.get("act_layer", "gelu")
   if activation not in ACTIVATIONS:
     raise WeightsError(f"{path}: {unknown_name('act_layer', activation, ACTIVATIONS)}")
-  if not architecture:
-    logging.info(
-      "%s: no config.json with an architecture; assumes %d heads, activation %s, pool %s",
-      path, fields["num_heads"], activation, fields["pool"],
+  if not _PLAIN.fullmatch(architecture):
+    logging.log(
+      logging.WARNING if architecture else logging.INFO,
+      "%s: architecture %r in config.json, no plain ViT; assumes %d heads, activation %s, pool %s",
+      path, architecture, fields["num_heads"], activation, fields["pool"],
     )  # fmt: skip
   return common.VitCheckpoint(
     source=path,
@@ -215,18 +222,14 @@ def write_checkpoint(path: str, export: Export) -> None:
   params = common.with_table(export, class_row=own_row and not has_table)
   arrays = state_dict(params, fc_norm=fields["fc_norm"])
   arguments = {
+    **{name: fields[name] for name in ("patch_size", "depth", "num_heads", "qkv_bias", "fc_norm")},
     "img_size": list(export.preprocess.image_size),
-    "patch_size": fields["patch_size"],
     "embed_dim": fields["width"],
-    "depth": fields["depth"],
-    "num_heads": fields["num_heads"],
     "mlp_ratio": fields["mlp_dim"] / fields["width"],
-    "qkv_bias": fields["qkv_bias"],
     "act_layer": fields["activation"],
     "class_token": with_cls,
     "no_embed_class": with_cls and not own_row,
     "global_pool": _POOLS[fields["pool"]],
-    "fc_norm": fields["fc_norm"],
   }
   timm_config.write(path, arrays, export, _architecture(fields), arguments)
 
