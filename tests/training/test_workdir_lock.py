@@ -1,7 +1,9 @@
 """The lock of a run's directory: one run at a time; locks of ended processes are ignored."""
 
+import concurrent.futures
 import json
 import os
+import time
 
 import pytest
 from etils import epath
@@ -34,6 +36,20 @@ def test_second_run_raises_with_pid(workdir):
   with workdir_lock.workdir_lock(workdir):
     (workdir / "metrics.jsonl").write_text("")
   assert [path.name for path in workdir.iterdir()] == ["metrics.jsonl"]
+
+
+def test_one_of_several_threads_acquires(workdir, monkeypatch):
+  write = workdir_lock._write
+  monkeypatch.setattr(workdir_lock, "_write", lambda *a: (time.sleep(0.1), write(*a)))
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    problems = list(pool.map(workdir_lock._acquire, [workdir / LOCK_FILE] * 4))
+  assert problems.count(None) == 1
+
+
+def test_lock_of_another_process_is_kept(workdir):
+  with workdir_lock.workdir_lock(workdir):
+    change_lock(workdir, pid=1)
+  assert json.loads((workdir / LOCK_FILE).read_text())["pid"] == 1
 
 
 @pytest.mark.parametrize(

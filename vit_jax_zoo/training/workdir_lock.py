@@ -5,6 +5,7 @@ has ended, or, on another host, if no heartbeat is written for three times as lo
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -51,7 +52,8 @@ def workdir_lock(workdir: epath.Path) -> Iterator[None]:
   finally:
     stop.set()
     thread.join()
-    path.unlink(missing_ok=True)
+    if _process().items() <= (_read(path) or {}).items():
+      path.unlink(missing_ok=True)
     if workdir.exists() and not any(workdir.iterdir()):  # the run has written nothing
       workdir.rmdir()
 
@@ -60,19 +62,24 @@ _FIELDS = {"host", "pid", "started", "beats", "machine", "process_start"}
 
 
 def _acquire(path: epath.Path) -> str | None:
-  owner = _read(path)
-  if owner is not None:
-    process = f"process {owner['pid']} on {owner['host']}"
-    if _is_alive(path, owner):
-      since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["started"]))
-      return (
-        f"{path.parent}: in use by {process} since {since}; use another --workdir, or stop that "
-        f"run (if it has ended, remove {path})"
-      )
-    logging.info("removing the lock of %s, which ended", process)
   path.parent.mkdir(parents=True, exist_ok=True)
-  _write(path, time.time(), 0)
-  return None
+  with contextlib.ExitStack() as stack:
+    with contextlib.suppress(OSError):  # buckets and some network disks have no such locks
+      folder = os.open(path.parent, os.O_RDONLY)
+      stack.callback(os.close, folder)
+      fcntl.flock(folder, fcntl.LOCK_EX)  # until it is closed: one process or thread at a time
+    owner = _read(path)
+    if owner is not None:
+      process = f"process {owner['pid']} on {owner['host']}"
+      if _is_alive(path, owner):
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["started"]))
+        return (
+          f"{path.parent}: in use by {process} since {since}; use another --workdir, or stop that "
+          f"run (if it has ended, remove {path})"
+        )
+      logging.info("removing the lock of %s, which ended", process)
+    _write(path, time.time(), 0)
+    return None
 
 
 def _is_alive(path: epath.Path, owner: dict[str, Any]) -> bool:
@@ -98,10 +105,13 @@ def _beat(path: epath.Path, stop: threading.Event) -> None:
       _write(path, started, beats)
 
 
-def _write(path: epath.Path, started: float, beats: int) -> None:
+def _process() -> dict[str, Any]:
   pid = os.getpid()
-  process = {"pid": pid, "machine": _machine(), "process_start": _process_start(pid)}
-  content = {"host": socket.gethostname(), "started": started, "beats": beats, **process}
+  return {"pid": pid, "machine": _machine(), "process_start": _process_start(pid)}
+
+
+def _write(path: epath.Path, started: float, beats: int) -> None:
+  content = {"host": socket.gethostname(), "started": started, "beats": beats, **_process()}
   atomic_write.write_json(path, content)
 
 
