@@ -22,15 +22,8 @@ from vit_jax_zoo.builder import build as build
 from vit_jax_zoo.initialization import Initializer, check_files
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.run_summary import log_summary
-from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.checkpoint import (
-  BEST,
-  CHECKPOINTS,
-  Checkpointer,
-  absolute,
-  restore_variables,
-  steps,
-)
+from vit_jax_zoo.training import checkpoint, sharding
+from vit_jax_zoo.training.checkpoint import CHECKPOINTS, Checkpointer, restore_variables
 from vit_jax_zoo.training.compiled_steps import EvaluationProgram, Program
 from vit_jax_zoo.training.distributed import check_equal, is_primary
 from vit_jax_zoo.training.evaluate import Evaluation, explain, score_predictions
@@ -94,14 +87,13 @@ _JAX_FLAGS = ("enable_x64", "numpy_dtype_promotion", "default_matmul_precision",
 
 def _run_settings(workdir: epath.Path, options: RunOptions) -> dict[str, Any]:
   """Returns the flags and checkpoints, which must be equal on all processes."""
-  workdir = absolute(workdir)
+  workdir = checkpoint.absolute(workdir)
   flags = {f"--{name}": value for name, value in dataclasses.asdict(options).items()}
   flags |= {"--workdir": str(workdir)}
   flags |= {f"JAX_{name.upper()}": getattr(jax.config, f"jax_{name}") for name in _JAX_FLAGS}
-  folders = (workdir / CHECKPOINTS, workdir / BEST)
   saved = {
-    f"newest step in {folder}, a shared directory": max(steps(folder), default=None)
-    for folder in folders
+    f"newest step in {folder}, a shared directory": max(checkpoint.steps(folder), default=None)
+    for folder in (workdir / CHECKPOINTS, workdir / checkpoint.BEST)
   }
   return flags | saved | {"JAX version": jax.__version__}
 
