@@ -81,21 +81,24 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
       return _evaluate_only(experiment, checkpointer)
 
 
-_JAX_FLAGS = ("enable_x64", "numpy_dtype_promotion", "default_matmul_precision",
-              "default_prng_impl", "threefry_partitionable")  # fmt: skip
+_FLAGS = (
+  "enable_x64",
+  "numpy_dtype_promotion",
+  "default_matmul_precision",
+  "default_prng_impl",
+)
 
 
 def _run_settings(workdir: epath.Path, options: RunOptions) -> dict[str, Any]:
   """Returns the flags and checkpoints, which must be equal on all processes."""
   workdir = checkpoint.absolute(workdir)
   flags = {f"--{name}": value for name, value in dataclasses.asdict(options).items()}
-  flags |= {"--workdir": str(workdir)}
-  flags |= {f"JAX_{name.upper()}": getattr(jax.config, f"jax_{name}") for name in _JAX_FLAGS}
+  flags |= {f"JAX_{name.upper()}": getattr(jax.config, f"jax_{name}") for name in _FLAGS}
   saved = {
     f"newest step in {folder}, a shared directory": max(checkpoint.steps(folder), default=None)
     for folder in (workdir / CHECKPOINTS, workdir / checkpoint.BEST)
   }
-  return flags | saved | {"JAX version": jax.__version__}
+  return flags | {"--workdir": str(workdir), "JAX version": jax.__version__} | saved
 
 
 def _experiment_settings(experiment: Experiment, *, train: bool) -> dict[str, Any]:

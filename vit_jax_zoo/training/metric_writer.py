@@ -230,9 +230,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _read_rows(path: epath.Path | pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
   """Returns lines and their values (null is NaN); drops damaged lines with a warning."""
   rows, damaged = [], []
-  for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-    if not line.endswith(b"\n"):  # the last row of an interrupted run
-      continue
+  for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
     try:
       row = json.loads(line.decode())
       values = {k: math.nan if v is None else float(v) for k, v in row.items()}
@@ -248,7 +246,7 @@ def _truncate(path: pathlib.Path, last_step: int) -> None:
   """Removes the rows of steps after `last_step`, and damaged ones."""
   if not path.exists():
     return
-  content = b"".join(line for line, row in _read_rows(path) if row["step"] <= last_step)
+  content = b"".join(line + b"\n" for line, row in _read_rows(path) if row["step"] <= last_step)
   if content != path.read_bytes():
     atomic_write.write(path, content)
 

@@ -90,10 +90,8 @@ def _is_alive(path: epath.Path, owner: dict[str, Any]) -> bool:
   while time.monotonic() < deadline:
     time.sleep(HEARTBEAT / 15)
     now = _read(path)
-    if now is None:
-      return False
-    if now["beats"] != owner["beats"]:
-      return True
+    if now is None or now["beats"] != owner["beats"]:
+      return now is not None
   return False
 
 
@@ -142,8 +140,6 @@ def _process_start(pid: int) -> str | None:
     return None
   try:  # macOS: no start time
     os.kill(pid, 0)
-  except ProcessLookupError:
-    return None
-  except PermissionError:
-    pass
+  except OSError as error:
+    return "running" if isinstance(error, PermissionError) else None
   return "running"
