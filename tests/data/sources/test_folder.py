@@ -258,12 +258,6 @@ def test_dataset_folder_beside_others_raises(tmp_path):
     load_source(f"folder:{tmp_path}", "train")
 
 
-def test_class_of_folders_only_logged(tmp_path, caplog):
-  write(tmp_path, "flowers/x/1.png", "flowers/y/2.png", "docs/figure.png")
-  assert load_source(f"folder:{tmp_path}", "all").info.class_names == ("docs", "flowers")
-  assert "flowers (x, y)" in caplog.text
-
-
 @pytest.mark.parametrize(
   "paths", ["train/Cat test/cat", "Cat cat", "cat |cat", "hot dog|hot_dog", "train/x|val/x "]
 )

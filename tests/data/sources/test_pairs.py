@@ -131,6 +131,23 @@ def test_equal_stems_paired_by_full_name(tmp_path):
     load_source(name, "train")
 
 
+@pytest.mark.parametrize("reference", ["a.bmp", "a/1.png"])
+def test_one_reference_of_two_images_raises(reference, tmp_path):
+  for path in ("input/a.jpg", "input/a.png", f"ref/{reference}"):
+    write(tmp_path / "train" / path)
+  with pytest.raises(ValueError, match=r"input/a\.jpg, .*input/a\.png: one reference.*ref/a"):
+    load_source(f"pairs:{tmp_path}", "train")
+
+
+@pytest.mark.parametrize("names", ["ab", "cd", "wxyz"])
+def test_hash_split_has_both_parts(names, tmp_path):
+  for i, name in enumerate(names):
+    write(tmp_path / f"input/{name}.png", i)
+    write(tmp_path / f"ref/{name}.png", 100 + i)
+  train, test = (levels(load_source(f"pairs:{tmp_path}", split)) for split in ("train", "test"))
+  assert sorted(train + test) == [(i, 100 + i) for i in range(len(names))]
+
+
 def test_two_references_of_one_stem_raise(tmp_path):
   write(tmp_path / "train/input/a.jpg")
   write(tmp_path / "train/ref/a.png", 1)

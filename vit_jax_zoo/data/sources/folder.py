@@ -39,7 +39,6 @@ SPLIT_FOLDERS = {
   "dev": "val", "eval": "val",
   **{name: name for name in base.VALIDATION_NAMES},
 }  # fmt: skip
-"""Splits by the names that their folders may have, in lower case."""
 
 TEST_FRACTION = 0.1
 CHOOSE_FRACTION = 0.1
@@ -149,7 +148,7 @@ class FolderSource(FileSource):
     """Returns the held-out part (`chosen`) or the rest; ValueError for fewer than two files."""
     if len(self._files) < 2:
       raise ValueError(f"{self.info.name}: {len(self._files)} training image; add some to hold out")
-    parts = _hold_out(self._files, CHOOSE_FRACTION, highest=True)
+    parts = hold_out(self._files, CHOOSE_FRACTION, highest=True)
     return FolderSource(self.info, self._root, parts[chosen])
 
 
@@ -185,8 +184,7 @@ def find_splits(location: str, class_names: Sequence[str] | str | None = None) -
     raise ValueError(f"{root} has no images in class folders; expected <class>/<image>, of {known}")
   if "" in found and len(every) == 1:
     _check_not_wrapped(root / every[0], location)
-  names = read_class_names(class_names)
-  if not names:
+  if not (names := read_class_names(class_names)):
     _check_inner_folders(root, found.get("", []))
     _check_names_differ(root, every)
     names = tuple(every)
@@ -255,15 +253,12 @@ def _check_inner_folders(root: pathlib.Path, files: Sequence[tuple[str, str]]) -
   for top, *below in (path.split("/") for path, _ in files):
     inside.setdefault(top, set()).add("".join(below[:-1][:1]))  # empty: an image of `top` itself
   first: dict[str, str] = {}  # folders by the folders inside
-  nested = []
   for top, names in sorted(inside.items()):
-    folders = sorted(names - {""})
-    listed = ", ".join(folders[:_LISTED])
+    listed = ", ".join((folders := sorted(names - {""}))[:_LISTED])
     if len(inside) > 1 and len(folders) > 1 and top.lower() in _CONTAINERS:
       raise ValueError(
         f"{root}: {top}/ has the folders {listed}; did you mean folder:{root / top}?"
       )
-    nested += [f"{top} ({listed})"] if len(folders) > 1 and "" not in names else []
     alike = {top} if len(set(map(_split_of, folders)) - {None}) > 1 else set()
     for other in {first.setdefault(name, top) for name in folders} - {top}:
       several = len(names | inside[other]) > 1 and "" not in names | inside[other]
@@ -272,9 +267,6 @@ def _check_inner_folders(root: pathlib.Path, files: Sequence[tuple[str, str]]) -
       wrong = f"{root}: {', '.join(sorted(alike))} contain {listed}; expected <class>/<image> or "
       advice = "If they are classes, list them in class_names"
       raise ValueError(f"{wrong}train|val|test/<class>/<image>. {advice}")
-  if nested:
-    more = ", ..." if len(nested) > _LISTED else ""
-    _warn_once(f"{root}: classes with images only in folders: {', '.join(nested[:_LISTED])}{more}")
 
 
 def _check_names_differ(root: pathlib.Path, names: Sequence[str]) -> None:
@@ -317,7 +309,7 @@ def _labelled(root: pathlib.Path, files: list[tuple[str, str]], names: Sequence[
 def _hashed_splits(
   root: pathlib.Path, files: Labelled, names: Sequence[str]
 ) -> dict[str, Labelled]:
-  train, test = _hold_out(files, TEST_FRACTION)
+  train, test = hold_out(files, TEST_FRACTION)
   untested = sorted({label for _, label in files} - {label for _, label in test})
   if untested:
     named = ", ".join(names[label] for label in untested[:_LISTED])
@@ -325,7 +317,7 @@ def _hashed_splits(
   return {"train": train, "test": test, "all": files}
 
 
-def _hold_out(
+def hold_out(
   files: Labelled, fraction: float, *, highest: bool = False
 ) -> tuple[Labelled, Labelled]:
   """Splits files, ordered by hash, in (rest, held out): a fraction of the range of hashes.

@@ -8,7 +8,7 @@
     ARMS.png ...                                                   Manga109, any folder of images
 
 The reference of an image is the file, or the folder of files, of its full name, else of its name
-without suffix. Two of them are refused as ambiguous. Names are compared after Unicode
+without suffix. Two of them, and one of two images, are refused. Names are compared after Unicode
 normalisation (NFC). Own images without `train/` are split by a hash of their names, as `folder:`;
 the published test sets have only the split `test`. The option `reference` chooses:
 
@@ -27,7 +27,7 @@ from typing import TypeAlias
 
 from vit_jax_zoo.data.images import suffixes
 from vit_jax_zoo.data.sources import base
-from vit_jax_zoo.data.sources.folder import TEST_FRACTION, FileSource, hash_name
+from vit_jax_zoo.data.sources.folder import TEST_FRACTION, FileSource, hash_name, hold_out
 from vit_jax_zoo.errors import check_names
 
 REFERENCES = ("1", "2", "3", "4", "5", "random", "all", "self")  # values of the option `reference`
@@ -132,23 +132,22 @@ def _named_alike(inputs: pathlib.Path, references: pathlib.Path) -> Pairs:
     for name in {_key(path.name), _key(path.stem) if path.is_file() else ""} - {""}:
       files.setdefault(name, []).append(path)
   names = {_key(image.name) for image in images}
-  return {image: _references_of(image, files, names) for image in images}
+  pairs = {image: _references_of(image, files, names) for image in images}
+  first: dict[tuple[pathlib.Path, ...], pathlib.Path] = {}
+  for image, found in pairs.items():
+    if found and first.setdefault(found, image) != image:
+      wrong = f"{first[found]}, {image}: one reference for both, {found[0]}"
+      raise ValueError(f"{wrong}; expected {references / image.name}, the image's full name")
+  return pairs
 
 
 def _references_of(
   image: pathlib.Path, files: Mapping[str, list[pathlib.Path]], names: set[str]
 ) -> tuple[pathlib.Path, ...]:
-  """Returns an image's references: of its full name; else of its stem, unless of another image.
-
-  `files` has reference files and folders by full name, and files by stem; `names` are all images'.
-  """
+  """Returns an image's references: of its full name; else of its stem, unless of another image."""
   found = files.get(_key(image.name), [])
-  others = [p for p in files.get(_key(image.stem), []) if p not in found]
-  folders = [path for path in others if path.is_dir()]
-  if not found:
-    found = [path for path in others if path.is_dir() or _key(path.name) not in names]
-  elif folders:
-    found = [*found, *folders]
+  others = [path for path in files.get(_key(image.stem), []) if path not in found]
+  found = found + [p for p in others if p.is_dir() or not (found or _key(p.name) in names)]
   if len(found) > 1:
     listed = ", ".join(map(str, sorted(found)))
     raise ValueError(f"{image}: several references have its name, {listed}; keep one of them")
@@ -156,7 +155,6 @@ def _references_of(
 
 
 def _key(name: str) -> str:
-  """Returns a name for comparison: macOS decomposes accents, other systems do not."""
   return unicodedata.normalize("NFC", name)
 
 
@@ -177,7 +175,10 @@ def _without_references(folder: pathlib.Path, pattern: str) -> Pairs:
 
 
 def _hashed(find: Callable[[], Pairs], held_out: bool) -> Pairs:  # noqa: FBT001
-  return {k: v for k, v in find().items() if (_hash(k.name) / 2**64 < TEST_FRACTION) == held_out}
+  pairs = find()
+  names = sorted({_key(image.name) for image in pairs}, key=hash_name)
+  part = {name for name, _ in hold_out([(name, 0) for name in names], TEST_FRACTION)[held_out]}
+  return {image: refs for image, refs in pairs.items() if _key(image.name) in part}
 
 
 def _images(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -105,10 +105,9 @@ def _find_layout(root: pathlib.Path) -> Layout:
 
 def _check_pattern(layout: Layout) -> None:
   needed = ("{name}",) if layout.lists else ("{name}", "{split}")
-  for pattern in (layout.images, layout.labels):
-    for part in needed:
-      if part not in pattern:
-        raise ValueError(f"segmentation: the pattern {pattern!r} lacks {part}")
+  for pattern, part in itertools.product(layout[:2], needed):
+    if part not in pattern:
+      raise ValueError(f"segmentation: the pattern {pattern!r} lacks {part}")
 
 
 def _find_in_folders(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str]]]:
