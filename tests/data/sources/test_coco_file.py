@@ -77,6 +77,7 @@ def first(**fields):
     (first(iscrowd="yes"), "iscrowd.*annotation 1 of 1.jpg: 'yes'"),
     (first(image_id="1"), "annotation 1: image '1'"),
     (first(image_id=True), "annotation 1: image True"),
+    (first(id=2), r"1 x annotation id twice.*annotation 2 of 2\.jpg"),
     (first(category_id="1"), "category_id.*annotation 1 of 1.jpg: '1'"),
     (lambda d: d["categories"].append({"id": 1, "name": "dog"}), "two names.*cat, dog"),
     (lambda d: d["categories"].append({"id": 10**9, "name": "x"}), "category id.*1000000000"),
@@ -253,14 +254,27 @@ def test_sum_of_compressed_run_lengths():
       assert _sum_of_runs(run_lengths.encode(mask)["counts"]) == mask.size
 
 
-@pytest.mark.parametrize("side", [float("nan"), float("inf"), 1e300, 10**400])
-def test_nan_boxes_dropped(tmp_path, caplog, side):
+@pytest.mark.parametrize("side", [float("nan"), float("inf"), 1e300, 10**400, -5])
+def test_invalid_boxes_dropped(tmp_path, caplog, side):
   data = dataset()
   data["annotations"][0]["bbox"] = [1, 1, side, 3]
   with caplog.at_level("WARNING"):
     source = load_source(write(tmp_path, data), "train")
-  assert "1 x bbox with NaN" in caplog.text
+  assert "1 x bbox with NaN, numbers beyond 1e15 or a negative side" in caplog.text
+  assert source.info.num_objects == 1  # in scoring, too
   assert batch_of(source)["is_target"].sum(axis=1).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("file", ["train\\1.jpg", "https://a/1.jpg"])
+def test_file_name_of_other_kind_logged(tmp_path, caplog, file):
+  data = dataset()
+  data["images"][0]["file_name"] = file
+  with caplog.at_level("WARNING"):
+    assert load_source(write(tmp_path, data), "train").missing() == [0]
+  assert (
+    f"1 x file_name with a backslash or of a URL; expected a path below the images ({file})"
+    in (caplog.text)
+  )
 
 
 def test_iscrowd_text_converted(tmp_path, caplog):
@@ -288,6 +302,11 @@ def test_iscrowd_text_converted(tmp_path, caplog):
     (lambda d: d["images"][1].update(file_name="1.jpg"), "image file that is listed twice"),
     (first(area="big"), "area that is not a number"),
     (first(area=10**400), "area that is not a number"),
+    (first(area=-5), "area that is not a number of at least 0"),
+    (
+      lambda d: d["annotations"].extend([{**a, "id": a["id"] + 9} for a in d["annotations"]]),
+      r"2 x object that repeats another.*annotation 10 of 1.jpg, annotation 11 of 2.jpg",
+    ),
   ],
 )
 def test_suspicious_file_warns(tmp_path, caplog, change, named):

@@ -4,11 +4,11 @@ Every kind of problem is reported once, with its count and its first example:
 
 * refused: duplicate ids, missing or wrong fields, boxes that are not 4 numbers, unknown images or
   categories, category ids above `MAX_CATEGORY`;
-* left out of the data: annotations with NaN in their box, and images without panoptic annotation;
+* left out of the data: boxes with NaN or a negative side, and images without panoptic annotation;
 * left out where masks are used: objects without a usable outline;
-* left out only in training: crowds, and boxes without area in their image;
-* logged: no annotations or only crowds, boxes in [0, 1] or given by two corners, text where a
-  number belongs, one file or name twice, categories of panoptic data without `isthing`.
+* left out only in training: crowds, and boxes without area in their image, which are scored;
+* logged: no annotations or only crowds, boxes in [0, 1] or given by two corners, text for a
+  number, a file, name or object twice, file names that are no path, categories without `isthing`.
 """
 
 import collections
@@ -24,6 +24,8 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 from absl import logging
 from faster_coco_eval.core import mask as run_lengths
+
+from vit_jax_zoo.errors import shorten
 
 MAX_CATEGORY = 99_999  # ids are class ids: a classifier has one output for each up to the largest
 _MAX_SEGMENT = 1 << 24  # segment ids are colors of 24 bits
@@ -50,10 +52,9 @@ def read_coco(file: pathlib.Path, *, panoptic: bool) -> CocoFile:
   check.each(data["categories"], check.category)
   check.each(data["images"], check.image)
   check.raise_refused()
-  if not check.images:
-    raise ValueError(f"{file}: images is empty; expected at least one image")
-  if not check.names:
-    raise ValueError(f"{file}: categories is empty; expected id and name of each class")
+  for key, found in (("images", check.images), ("categories", check.names)):
+    if not found:
+      raise ValueError(f"{file}: {key} is empty; expected at least one")
   check.each(data["annotations"], check.segments_of_image if panoptic else check.object_with_box)
   check.raise_refused()
   images = list(check.images.values())
@@ -99,8 +100,7 @@ def _load(file: pathlib.Path, lists: Sequence[str]) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else text[:57] + "..."
+  return shorten(repr(value), 60)
 
 
 def _is_int(value: Any) -> TypeGuard[int]:
@@ -135,7 +135,7 @@ class _Check:
     self.images: dict[Any, dict[str, Any]] = {}
     self.objects: dict[Any, list[dict[str, Any]]] = collections.defaultdict(list)
     self.segments: dict[Any, str] = {}
-    self._file, self._files = file, dict[str, Any]()
+    self._file, self._files, self._seen = file, dict[str, Any](), set[int]()
     self._refused: dict[str, list[str]] = {}
     self._warned: dict[str, list[str]] = {}
     self._without_outline: list[str] = []
@@ -215,6 +215,8 @@ class _Check:
     if file in self._files:
       example = f"{file}: images {self._files[file]}, {number}"
       self.warn("image file that is listed twice", example)
+    if "\\" in file or "://" in file:
+      self.warn("file_name with a backslash or of a URL; expected a path below the images", file)
     self._files[file] = number
     self.images[number] = {"id": number, "file_name": file, "height": size[0], "width": size[1]}
 
@@ -226,8 +228,9 @@ class _Check:
       kind = "bbox that is not 4 numbers (left, top, width, height)"
       raise _RefusedError(kind, f"{where}: {_short(box)}")
     found = self._shared_fields(annotation, where)
-    if not all(map(_is_finite, box)):
-      self.warn("bbox with NaN, infinity or numbers beyond 1e15, left out", where)
+    self._check_unique(annotation, where)
+    if not all(map(_is_finite, box)) or min(box[2:]) < 0:
+      self.warn("bbox with NaN, numbers beyond 1e15 or a negative side, left out", where)
       return
     if not found["iscrowd"] and not _has_area(box, image):
       self.warn("bbox without area in its image, left out in training", where)
@@ -247,6 +250,14 @@ class _Check:
     else:
       self._without_outline.append(where)
     self.objects[image["id"]].append(found)
+
+  def _check_unique(self, annotation: Mapping[str, Any], where: str) -> None:
+    number, *content = (annotation.get(key) for key in ("id", "image_id", "category_id", "bbox"))
+    if number is not None and hash(repr(number)) in self._seen:
+      raise _RefusedError("annotation id twice; pycocotools keeps the last of them", where)
+    if hash(str(content)) in self._seen:
+      self.warn("object that repeats another: same image, category and bbox", where)
+    self._seen |= {hash(repr(number)), hash(str(content))}
 
   def segments_of_image(self, annotation: Mapping[str, Any]) -> None:
     image = self._image_of(annotation)
@@ -291,8 +302,8 @@ class _Check:
     number, area = annotation.get("id"), annotation.get("area")
     has_id = isinstance(number, int) and abs(number) < 1 << 63
     found = {"id": number if has_id else 0, "category_id": category, "iscrowd": int(crowd or 0)}
-    if area is not None and not (_is_number(area) and _is_finite(area)):
-      self.warn("area that is not a number, taken from the box", where)
+    if area is not None and not (_is_number(area) and _is_finite(area) and area >= 0):
+      self.warn("area that is not a number of at least 0, taken from the box", where)
     elif area is not None:
       found["area"] = area
     return found
