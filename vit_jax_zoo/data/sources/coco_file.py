@@ -329,8 +329,7 @@ def _usable_outline(outline: Any, image: Mapping[str, Any]) -> tuple[Any, str]:
   if not isinstance(outline, list) or not outline:
     return None, "no polygon"
   problems = [_polygon_problem(polygon, image) for polygon in outline]
-  pairs = zip(outline, problems, strict=True)
-  usable = [_bounded(polygon, image) for polygon, problem in pairs if not problem]
+  usable = [_bounded(p, image) for p, bad in zip(outline, problems, strict=True) if not bad]
   return usable or None, next(filter(None, problems), "")
 
 

@@ -264,13 +264,11 @@ def _check_inner_folders(root: pathlib.Path, files: Sequence[tuple[str, str]]) -
       several = len(names | inside[other]) > 1 and "" not in names | inside[other]
       alike |= {other, top} if several or len((names & inside[other]) - {""}) > 1 else set()
     if alike:
-      wrong = f"{root}: {', '.join(sorted(alike))} contain {listed}; expected <class>/<image> or "
-      advice = "If they are classes, list them in class_names"
-      raise ValueError(f"{wrong}train|val|test/<class>/<image>. {advice}")
+      wrong = f"{root}: {', '.join(sorted(alike))} contain {listed}, and are not in class_names"
+      raise ValueError(f"{wrong}; expected <class>/<image> or train|val|test/<class>/<image>")
 
 
 def _check_names_differ(root: pathlib.Path, names: Sequence[str]) -> None:
-  """Refuses `Cat` and `cat`, of one split or two: one class on other file systems."""
   first: dict[str, str] = {}
   for name in names:
     if (other := first.setdefault(_spelling(name), name)) != name:

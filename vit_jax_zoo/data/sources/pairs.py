@@ -136,8 +136,8 @@ def _named_alike(inputs: pathlib.Path, references: pathlib.Path) -> Pairs:
   first: dict[tuple[pathlib.Path, ...], pathlib.Path] = {}
   for image, found in pairs.items():
     if found and first.setdefault(found, image) != image:
-      wrong = f"{first[found]}, {image}: one reference for both, {found[0]}"
-      raise ValueError(f"{wrong}; expected {references / image.name}, the image's full name")
+      both = f"{first[found]}, {image}"
+      raise ValueError(f"{both}: one reference, {found[0]}; expected {references / image.name}")
   return pairs
 
 
