@@ -391,3 +391,14 @@ def test_run_from_igpt_keeps_baseline(imagegpt):
   assert (filled["baseline"]["bigram"] == 1).all()
   del filled["baseline"]
   jax.tree.map(np.testing.assert_array_equal, filled, loaded.variables)
+
+
+def test_damaged_npz_raises(tmp_path):
+  path = tmp_path / "a.npz"
+  np.savez_compressed(path, a=np.arange(999))
+  data = bytearray(path.read_bytes())
+  start = data.index(b"a.npy") + 40
+  data[start : start + 200] = b"\xff" * 200  # of the compressed stream: zlib.error
+  path.write_bytes(data)
+  with pytest.raises(WeightsError, match=r"a\.npz"):
+    readers.read_published(str(path))

@@ -12,7 +12,9 @@ import dataclasses
 import json
 import math
 import pickle
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping
 from os.path import commonprefix
 from typing import Any
@@ -167,6 +169,7 @@ def _read_file(file: epath.Path, path: str) -> Flat:
 
 
 def _read_zip(file: epath.Path, path: str) -> Flat:
+  damages = OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError
   try:
     with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
       size, members = file.stat().length, archive.infolist()
@@ -176,7 +179,7 @@ def _read_zip(file: epath.Path, path: str) -> Flat:
       if claimed > max(_MAX_RATIO * size, _MAX_SMALL):
         raise zipfile.BadZipFile(f"its members claim {claimed} bytes, the file has {size}")
       return {member.filename.removesuffix(".npy"): _member(archive, member) for member in members}
-  except (OSError, EOFError, zipfile.BadZipFile) as error:
+  except damages as error:
     if file.suffix != ".npz":
       return read_torch(path)
     raise WeightsError(f"{path} cannot be read as .npz: {error}") from None

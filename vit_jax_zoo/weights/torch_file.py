@@ -62,7 +62,7 @@ def _load(torch: Any, file: str, path: str) -> Any:
       wrong = f"{path}: a pickle with code ({code[1]}), which was not executed"
       raise WeightsError(f"{wrong}; expected tensors only") from None
     raise WeightsError(f"{path}: truncated; expected a PyTorch file") from None
-  except (RuntimeError, EOFError, OSError, ValueError, KeyError, AssertionError) as error:
+  except (RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError) as error:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise WeightsError(f"{path}: truncated ({reason}); expected a PyTorch file") from None
 
