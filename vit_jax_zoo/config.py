@@ -233,13 +233,11 @@ def _prepare(config: ConfigDict, path: str, text: str) -> None:
 
 
 def _new_name(path: str) -> str | None:
-  """Returns the new name of a renamed field, else None."""
   of_systems = (pair for system in systems().values() for pair in system.renamed_fields)
   return next((new for old, new in (*RENAMED, *of_systems) if fnmatch.fnmatch(path, old)), None)
 
 
 def _removed(path: str) -> tuple[Any, str] | None:
-  """Returns the only value and the replacement of a removed field, else None."""
   of_systems = {k: v for system in systems().values() for k, v in system.removed_fields.items()}
   every = REMOVED | {k: (v, f"it is always {v!r}") for k, v in of_systems.items()}
   return next((every[pattern] for pattern in every if fnmatch.fnmatch(path, pattern)), None)

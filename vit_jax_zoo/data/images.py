@@ -164,7 +164,6 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
 
 
 def _exif_orientation(tiff: bytes) -> int:
-  """Returns the orientation in an EXIF block, 1 to 8; 0 if there is none."""
   order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
   if order is None or len(tiff) < 14:
     return 0

@@ -193,7 +193,6 @@ def _draw_image(ax: Axes, image: Num[np.ndarray, "h w c"], frame: str = "#bbbbbb
 
 
 def _describe(label: Any, class_names: Sequence[str], length: int) -> str:
-  """Returns the class, or the two largest of a row of weights, in lines of `length` characters."""
   weights = np.asarray(label)
   if weights.ndim == 0:
     return shorten(name_of(int(weights), class_names), length)

@@ -70,7 +70,6 @@ def _pairs(batch: Mapping[str, Any], title: str) -> tuple[Figure, list[tuple[int
 
 
 def _draw_targets(ax: Axes, batch: Mapping[str, Any], row: int, class_names: Sequence[str]) -> int:
-  """Draws an image with its true boxes; returns their number."""
   image = image_of(batch, row)
   real = np.asarray(batch["is_target"][row], bool)
   boxes = np.asarray(batch["boxes_cxcywh"][row], np.float64)[real] * np.tile(image.shape[1::-1], 2)

@@ -138,7 +138,6 @@ class CocoFiles:
     return files
 
   def _without_name(self, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns an annotation in COCO's format; stores the class name for the categories."""
     label, name = found["category_id"], found.get("name")
     if self._truth is not None:
       label = self._truth.category_id(label, name)

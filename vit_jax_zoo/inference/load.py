@@ -222,7 +222,6 @@ class _Run:
 
 
 def _frozen(value: Any) -> Any:
-  """Returns a JSON value with lists as tuples, since Linen's fields must be hashable."""
   if isinstance(value, list):
     return tuple(_frozen(item) for item in value)
   if isinstance(value, Mapping):
@@ -231,7 +230,6 @@ def _frozen(value: Any) -> Any:
 
 
 def _workdir_of(path: str) -> epath.Path:
-  """Returns the folder with the config: `path`, or one above it for a single checkpoint."""
   given = epath.Path(path).expanduser().absolute()
   folders = (given, given.parent, given.parent.parent)
   return next((folder for folder in folders if (folder / CONFIG_FILE).exists()), given)
@@ -252,7 +250,6 @@ def _adapted(run: _Run) -> Variables:
 
 
 def _refitted(run: _Run) -> Variables:
-  """Returns variables fitted to a model with another head, or to images of `run.size`."""
   if run.task_name != "classification":
     remedy = "image_size and num_classes can be changed for classifiers"
     raise ValueError(f"{run.path}: a run of {run.task_name}; {remedy}")

@@ -77,7 +77,6 @@ class ClassificationEvaluator(Evaluator):
     return scores | (self._class_scores() if self.per_class else {})
 
   def confusion(self) -> Int[np.ndarray, "k k"]:
-    """Returns counts of images by label (row) and prediction (column), if `per_class`."""
     matrix = np.zeros((self.num_classes, self.num_classes), np.int64)
     for pair, count in self.pairs.items():
       matrix[pair] = count

@@ -122,7 +122,6 @@ class DetectionEvaluator(Evaluator):
     return [numbered[key] for key in sorted(numbered)] + others
 
   def _as_coco(self, kind: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Returns truth and detections in COCO's JSON format; ids count from 1."""
     sizes, truth, found = [], [], []
     for number, image in enumerate(self._unique(), start=1):
       sizes.append({"id": number, "height": image.size[0], "width": image.size[1]})

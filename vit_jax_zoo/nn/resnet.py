@@ -290,7 +290,6 @@ class ResNet(nn.Module):
     return Bottleneck(**fields)
 
   def _strides(self) -> list[list[tuple[int, int]]]:
-    """Returns stride and dilation of each block of each stage."""
     reached, dilation, stages = 4, 1, []
     for stage, count in enumerate(self.blocks):
       stride = 1 if stage == 0 else 2

@@ -251,7 +251,6 @@ def group_size(attributes: str, num_devices: int) -> int:
 
 
 def _moved(module: Module, instruction: Instruction, shapes: Mapping[str, Instruction]) -> float:
-  """Returns the bytes that an instruction reads and writes in main memory."""
   opcode = instruction.opcode
   if opcode in _FREE or opcode.endswith("-done") or "AllocateBuffer" in instruction.rest:
     return 0.0

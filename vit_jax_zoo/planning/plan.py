@@ -312,7 +312,6 @@ def _size(batch: Mapping[str, np.ndarray]) -> int:
 
 
 def _image_shape(batch: Mapping[str, np.ndarray]) -> tuple[int, ...]:
-  """Returns the shape of the largest array of an example."""
   largest = batch["image"] if "image" in batch else max(batch.values(), key=lambda v: v.size)
   return tuple(int(side) for side in largest.shape[1:])
 

@@ -203,7 +203,6 @@ class Classification(base.Task):
     return Mixing(*alphas, self.mix_probability, self.cutmix_fraction)
 
   def _mixed_pixels(self, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the first examples mixed, each with a draw of its own, for the figure."""
     images, labels = images[:_DRAWN], labels[:_DRAWN]
     mask, pixels = jnp.ones(len(images), bool), jnp.asarray(images, jnp.float32)
     targets = self._targets(jnp.asarray(labels), mask)

@@ -427,7 +427,6 @@ def _damage_reported(checkpoint: epath.Path, advice: Callable[[], str]) -> Itera
 
 
 def _end_of(error: BaseException, checkpoint: epath.Path) -> str:
-  """Returns the last parts of a message, in which ": " leads from the context to the cause."""
   text = " ".join(str(error).replace(f"{checkpoint}/", "").split())
   text = text.partition(" [")[0].partition(". See full TensorStore details")[0]
   parts = text.split(": ")

@@ -90,7 +90,6 @@ def _each_view(batches: SizedBatches, views: int) -> Iterator[dict[str, np.ndarr
 
 
 def _join_views(arrays: list[np.ndarray], views: int) -> np.ndarray:
-  """Concatenates features of batches to [n d], or to [n v d] for several views."""
   if views == 1:
     return np.concatenate(arrays)
   return np.stack([np.concatenate(arrays[view::views]) for view in range(views)], axis=1)

@@ -263,7 +263,6 @@ def _figure_path(workdir: epath.PathLike, step: int, name: str) -> epath.Path:
 
 
 def _save_image(path: epath.Path, pixels: np.ndarray) -> bytes:
-  """Writes a PNG; returns its bytes."""
   buffer = io.BytesIO()
   Image.fromarray(pixels).save(buffer, format="png")
   path.parent.mkdir(parents=True, exist_ok=True)

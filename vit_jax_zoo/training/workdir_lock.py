@@ -124,7 +124,6 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
 
 
 def _machine() -> str:
-  """Returns an id of the booted machine and its process-id namespace."""
   try:
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -133,7 +132,6 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> str | None:
-  """Returns the start time of a process, to distinguish reused ids."""
   with contextlib.suppress(OSError):
     return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
   if pathlib.Path("/proc").is_dir():

@@ -137,7 +137,6 @@ def _refit(table: np.ndarray, rows: int, grids: Grids, has_extra: tuple[bool, bo
 
 
 def _layout(rows: int, grid: Grid | None, has_extra: bool, whose: str) -> tuple[int, Grid]:  # noqa: FBT001
-  """Returns the number of rows before the grid's, and the grid; a square one if unknown."""
   if found := find_grid(rows, (1, 0) if has_extra else (0,), grid):
     return found
   wrong = (

@@ -67,7 +67,6 @@ def resolve(name: str) -> str:
 
 
 def _hint(name: str) -> str:
-  """Returns a suggestion for a name that does not exist, to append to an error message."""
   file = f"/{name.rsplit('/', 1)[-1]}"
   same = [k for k, entry in entries().items() if any(u.endswith(file) for u in entry.urls)]
   if same:

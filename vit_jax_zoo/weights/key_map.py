@@ -69,7 +69,6 @@ _SLOT = re.compile(r"\{(\w+)(\+1)?\}")
 
 
 def _translate(name: str, source: str, target: str) -> str | None:
-  """Returns the name in the form of `target` if it matches `source`; numbers are copied."""
   match = _pattern(source).fullmatch(name)
   if match is None:
     return None

@@ -169,7 +169,6 @@ def _outputs(checkpoint: Checkpoint, path: str, leaf: Any) -> int:
 
 
 def _left_alone(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> list[str]:
-  """Returns the optional collections that the file lacks; they keep their values."""
   needed = {row.ours.partition("/")[0] for row in checkpoint.table} - {*checkpoint.optional}
   needed.add("params")
   return [x for x in variables if x not in needed and not checkpoint.has(f"{x}/")]

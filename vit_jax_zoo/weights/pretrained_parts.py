@@ -65,7 +65,6 @@ def still_needed(files: Mapping[str, str], paths: Iterable[str]) -> dict[str, st
 
 
 def _path_within(path: str, part: str) -> str | None:
-  """Returns a variable's path within a part, with the prefix of statistics; None outside it."""
   if not part.startswith(_EVERY):
     return path.removeprefix(f"{part}/") if path.startswith(f"{part}/") else None
   collection, _, rest = path.partition("/")

@@ -121,7 +121,6 @@ def _read_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, by
 
 
 def _varints(data: bytes, position: int, count: int) -> tuple[list[int], int]:
-  """Returns `count` variable-length integers, and the position after them."""
   values = [0] * count
   for i in range(count):
     shift, byte = 0, 0x80
@@ -133,7 +132,6 @@ def _varints(data: bytes, position: int, count: int) -> tuple[list[int], int]:
 
 
 def _parse(message: bytes) -> dict[int, list[Any]]:
-  """Parses a protocol buffer: field number -> its values, as ints or bytes."""
   fields: dict[int, list[Any]] = {}
   position = 0
   while position < len(message):

@@ -201,7 +201,6 @@ def draw_scene(material: Material, rng: np.random.Generator) -> Scene:
 
 
 def _regions(rng: np.random.Generator) -> Int[np.ndarray, "h w"]:
-  """Returns 0 and 1 on the two sides of a wavy line through the image."""
   y, x = np.mgrid[:SIZE, :SIZE] - SIZE / 2
   angle, offset = rng.uniform(0, 2 * np.pi), rng.uniform(-SIZE / 6, SIZE / 6)
   across = x * np.cos(angle) + y * np.sin(angle)
@@ -247,7 +246,6 @@ def _painted(
 
 
 def _record(scene: Scene, number: int) -> Record:
-  """Returns a scene's TFDS record; ids start at 1, as 0 is COCO's "no segment"."""
   ids = np.zeros((SIZE, SIZE, 3), np.uint8)
   ids[..., 0] = scene.segment_map + 1
   segments = []
@@ -334,7 +332,6 @@ def _second_view(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _windows(image: np.ndarray, step: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
-  """Yields windows `step` rows and columns apart; the last ones end at the image's end."""
   last = image.shape[0] - WINDOW[0], image.shape[1] - WINDOW[1]
   for top in [*range(0, last[0], step[0]), last[0]]:
     for left in [*range(0, last[1], step[1]), last[1]]:

@@ -67,7 +67,6 @@ class FileSource(base.Source):
     return os.path.join(self._root, self._files[index][0])
 
   def read(self, file: str) -> bytes:
-    """Returns the content of a file, given by its path below the folder."""
     return read_file(os.path.join(self._root, file))
 
 

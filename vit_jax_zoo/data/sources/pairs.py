@@ -182,7 +182,6 @@ def _hashed(find: Callable[[], Pairs], held_out: bool) -> Pairs:  # noqa: FBT001
 
 
 def _images(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the image files of a folder, sorted by name, numbers in it by value."""
   found = (path for path in _listing(folder) if path.suffix.lower() in suffixes())
   return sorted(filter(pathlib.Path.is_file, found), key=_natural)
 

@@ -188,7 +188,6 @@ def orientation(record: Record) -> int:
 
 
 def _interval(value: float, starts: tuple[float, ...]) -> int:
-  """Returns the index of the last interval that starts below the value."""
   return int(np.flatnonzero(np.asarray(starts) < value).max())
 
 
@@ -225,7 +224,6 @@ def _derived_example(record: Record, _: int, *, image_key: str, rule: LabelRule)
 
 
 def _label_maps(features: Any, image: str | None, label: str | None) -> tuple[str, str] | None:
-  """Returns the features of images and of label maps; None for a dataset without label maps."""
   pictures, labels = _images(features), label or "segmentation_label"
   candidates = ("image", "image_left", *pictures) if image is None else (image,)
   found = next((key for key in candidates if key in pictures and key != labels), None)
@@ -392,7 +390,6 @@ def _find(location: str, data_dir: str | None) -> epath.Path:
 
 
 def _versions(folder: epath.Path) -> list[epath.Path]:
-  """Returns the prepared versions in a folder or in its only config."""
   if not folder.is_dir():
     return []
   inside = sorted(f for f in folder.iterdir() if (f / "dataset_info.json").exists())

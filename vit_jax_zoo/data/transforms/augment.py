@@ -193,7 +193,6 @@ def _truncate(levels: np.ndarray) -> np.ndarray:
 
 
 def _look_up(image: Pixels, table: np.ndarray) -> Pixels:
-  """Maps values through a table [256], or [256 3] with a column for each channel."""
   return np.asarray(cv2.LUT(image, table.astype(np.uint8).reshape(1, 256, -1)))
 
 
@@ -259,7 +258,6 @@ class _Policy(ImageTransform):
     self.check("magnitude", 0 <= self.magnitude <= 30, "[0, 30]")
 
   def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns the augmented image, uint8; ValueError for images of another type."""
     if image.dtype != np.uint8:
       remedy = "put it before transforms with dtype='float32'"
       raise ValueError(f"{self.name}: expected uint8 images, got {image.dtype}; {remedy}")

@@ -210,7 +210,6 @@ def decode_segments(png: bytes, example: Example) -> Int[np.ndarray, "h w"]:
 def _boxes_of(
   segments: Int[np.ndarray, "h w"], count: int
 ) -> tuple[Float[np.ndarray, "n 4"], Bool[np.ndarray, " n"]]:
-  """Returns the segments' boxes, as DETR's `masks_to_boxes`, and which segments have a pixel."""
   boxes, exist = np.zeros((count, 4), np.float32), np.zeros(count, bool)
   for i, found in enumerate(scipy.ndimage.find_objects(segments + 1, max_label=count)):
     if found is not None:

@@ -152,7 +152,6 @@ class CentralCrop(ImageTransform):
 
 
 def _crop(image: np.ndarray, size: Size, start: Callable[[int], int]) -> np.ndarray:
-  """Crops to a window whose corner `start` returns from the free rows and columns."""
   height, width = height_width(size)
   if height > image.shape[0] or width > image.shape[1]:
     size_text = f"{image.shape[0]}x{image.shape[1]}"

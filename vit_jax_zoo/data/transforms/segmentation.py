@@ -109,7 +109,6 @@ _log_once = functools.cache(logging.log)
 
 @functools.lru_cache(maxsize=32)
 def _sample_values(source: Source) -> collections.Counter[int]:
-  """Returns the values in a sample of a source's label maps, with their numbers of pixels."""
   counts: collections.Counter[int] = collections.Counter()
   failures = []  # a few are reported when they are loaded
   indices = np.unique(np.linspace(0, len(source) - 1, _SAMPLE).astype(int)).tolist()

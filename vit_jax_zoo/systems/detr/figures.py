@@ -47,7 +47,6 @@ def paint_segments(image: np.ndarray, segment_map: Int[np.ndarray, "h w"]) -> np
 
 
 def _write_names(ax: Axes, segment_map: Int[np.ndarray, "h w"], names: Sequence[str]) -> None:
-  """Writes each segment's name at its pixel nearest to its centroid."""
   for index, name in enumerate(names):
     rows, columns = np.nonzero(segment_map == index)
     if not len(rows):

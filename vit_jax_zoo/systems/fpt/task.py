@@ -118,7 +118,6 @@ class SemanticSegmentation(base.Task):
     return {"label_map": jnp.argmax(logits, axis=-1).astype(jnp.int32), "confidence": confidence}
 
   def explain(self, variables: base.Variables, batch: base.Batch) -> dict[str, Any]:
-    """Returns the attention maps of the query in each image's centre."""
     if getattr(self.model, "neck", None) != "fpt":
       raise base.NoExplanation("a model without transformer has no attention maps")
     apply = functools.partial(self.model.apply, train=False, mutable=["intermediates"])

@@ -79,7 +79,6 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
 
 
 def _box_head(published: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], int]:
-  """Returns the box head's fields and the input size of its first dense layer."""
   if "Box_Head.fc1.0.0.weight" in published:
     dense, flat = published["Box_Head.fc1.0.0.weight"].shape
     return {"norm": "group_norm", "width": dense}, flat

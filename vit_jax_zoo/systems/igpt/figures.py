@@ -68,7 +68,6 @@ def keep_pixels(image: UInt8[np.ndarray, "h w 3"], count: int) -> UInt8[np.ndarr
 def _grid(
   rows: int, columns: int, size: tuple[int, int], separate: Sequence[int] = ()
 ) -> tuple[Figure, np.ndarray]:
-  """Returns axes [rows columns] for images of one size; a wider gap precedes those `separate`."""
   side = float(np.clip(max(size) / 32, 0.62, 1.3))
   height, width = side * size[0] / max(size), side * size[1] / max(size)
   wide = 0.22

@@ -86,7 +86,6 @@ class ImageGPT(nn.Module):
     return {"tokens": tokens, **self.from_tokens(tokens, visible=visible)}
 
   def encode(self, images: Float[Array, "b h w 3"]) -> Int[Array, "b n"]:
-    """Returns each pixel's nearest colour, in raster order."""
     height, width = images.shape[1:3]
     if height * width != self.num_positions:
       side = math.isqrt(self.num_positions)

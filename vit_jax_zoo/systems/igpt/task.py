@@ -71,7 +71,6 @@ class PixelModelling(base.Task):
     return {**variables, "baseline": {"bigram": uniform}}
 
   def init_from_data(self, batches: Iterable[Mapping[str, np.ndarray]]) -> base.Variables:
-    """Returns the palette, read or fitted, and the bigram baseline, from the first images."""
     colors = self.model.num_colors
     examples = (image for batch in batches for image in batch["image"])
     images = list(itertools.islice(examples, self.palette_images))
@@ -184,7 +183,6 @@ class PixelModelling(base.Task):
   def _model(
     self, variables: base.Variables, batch: base.Batch, rng: jax.Array, *, train: bool
   ) -> tuple[dict[str, Array], Float[Array, " b"]]:
-    """Returns the model's outputs, and each image's loss in nats per pixel."""
     images, visible = self._images(batch), None
     if not self.model.causal:
       shape = (images.shape[0], images.shape[1] * images.shape[2])

@@ -128,7 +128,6 @@ def _position_lambdas_by_convolution(
 def _crop(
   embeddings: Float[Array, "dy dx u k"], map_size: tuple[int, ...]
 ) -> Float[Array, "ey ex u k"]:
-  """Drops the offsets that do not occur in a map of this size."""
   for axis, side in enumerate(map_size):
     length, limit = embeddings.shape[axis], 2 * side - 1
     if length % 2 == 0:

@@ -160,7 +160,6 @@ class LambdaResNet(ResNet):
     return drawn, {"filters": draw_filters(explanation["filters"])}
 
   def block(self, stage: str, index: int, **fields: Any) -> nn.Module:
-    """Returns a lambda block where `lambda_blocks` has one, else a bottleneck."""
     chosen = self.lambda_blocks[STAGES.index(stage)]
     if chosen == "all" or (not isinstance(chosen, str) and index in chosen):
       return LambdaBottleneck(**fields, lambda_fields=self.lambda_layer)

@@ -105,7 +105,6 @@ def read_checkpoint(published: Published) -> Checkpoint:
 
 
 def _size_of_tables(arrays: Mapping[str, Array]) -> Size | None:
-  """Returns the image size of the relative position tables: stage 2 has stride 16."""
   for key, array in arrays.items():
     if re.match(r"stages\.2\..*\.self_attn\.pos_emb", key) and array.ndim == 3:
       return 8 * (array.shape[0] + 1), 8 * (array.shape[1] + 1)
@@ -142,7 +141,6 @@ def _layer_field(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def _is_like(fields: Mapping[str, Any], variant: Mapping[str, Any]) -> bool:
-  """Returns whether fields are a variant's, apart from widths and number of classes."""
   own, theirs = (
     (
       [f[key] for key in ("blocks", "stem", "shortcut", "se_ratio", "activation")],

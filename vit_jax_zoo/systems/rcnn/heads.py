@@ -81,8 +81,6 @@ class RegionProposalHead(nn.Module):
 
 
 class _Head(nn.Module):
-  """Base of box and mask heads."""
-
   norm: str = "none"  # norm of the convolutions, see `conv_norm`
   dtype: Dtype = "float32"
 

@@ -186,7 +186,6 @@ class RCNN(nn.Module):
   def segment(
     self, pyramid: Pyramid, boxes_xyxy: Float[Array, "b r 4"], *, train: bool = False
   ) -> Float[Array, "b r m m k"]:
-    """Returns mask logits in the boxes, one mask per class."""
     crops = self._crops(pyramid, boxes_xyxy, self.mask_pool_size)
     return shard_batch(self._mask_head(crops, train=train))
 

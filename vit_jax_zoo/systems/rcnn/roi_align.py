@@ -101,7 +101,6 @@ def crop_masks(
 def _points(
   map_size: tuple[int, ...], boxes: Float[Array, "r 4"], size: int, *, aligned: bool
 ) -> tuple[_Points, _Points]:
-  """Returns the sample points along rows and columns, for boxes in map steps."""
   extent = boxes[:, 2:] - boxes[:, :2]
   if not aligned:
     extent = jnp.maximum(extent, 1.0)

@@ -202,7 +202,6 @@ class InstanceDetection(base.Task):
     return predictions
 
   def explain(self, variables: base.Variables, batch: base.Batch) -> dict[str, Any]:
-    """Returns the neck's attention maps of the query in each image's first target."""
     neck = self.model.neck_class
     if not hasattr(neck, "explain"):
       raise base.NoExplanation("the model's neck has no attention maps")
@@ -248,7 +247,6 @@ class InstanceDetection(base.Task):
   def _anchor_losses(
     self, found: Any, targets: Targets, batch: base.Batch, rng: jax.Array, count: Array
   ) -> dict[str, Array]:
-    """Returns the first stage's losses; `count`: images of the whole step."""
 
     def one_image(
       rng: Array, logits: Array, deltas: Array, target: Array, real: Array, valid: Array

@@ -108,7 +108,6 @@ def box_rows(num_convs: int = 4, pool_size: int = 7, prefix: str = "Box_Head") -
 
 
 def _conv_norm_rows(published: str, ours: str, place: int = 0) -> list[Row]:
-  """Rows of a convolution and its norm in a sequence of layers, the convolution at `place`."""
   conv = Row(f"{published}.{place}.weight", f"{ours}/kernel", CONVOLUTION)
   return [conv, *norm_rows(f"{published}.{place + 1}", f"{ours}_norm")]
 

@@ -172,7 +172,6 @@ def _inverse_lengths(maps: Float[Array, "b h w c"]) -> Float[Array, "b h w"]:
 def _windows(
   maps: Float[Array, "b y x c"], rows: Int[Array, "b h w"], columns: Int[Array, "b h w"], size: int
 ) -> Float[Array, "b h w s s c"]:
-  """Gathers cells of `size`x`size` pixels by row and column, zeros outside of the map."""
   numbers = lax.GatherDimensionNumbers((2, 3, 4), collapsed_slice_dims=(), start_index_map=(0, 1))
 
   def gather(one: Array, corners: Array) -> Array:
@@ -188,7 +187,6 @@ def _shifted(padded: Array, offset: Int[Array, " 2"], size: tuple[int, int]) -> 
 
 
 def _pad(x: Array, value: Any = 0) -> Array:
-  """Pads `[b h w ...]` by one pixel on each side."""
   widths = ((0, 0), (1, 1), (1, 1)) + ((0, 0),) * (x.ndim - 3)
   return jnp.pad(x, widths, constant_values=value)
 

@@ -137,7 +137,6 @@ class VisionTransformer(nn.Module):
     return self.patch_size * (total_stride(self.resnet["stage_sizes"]) if self.resnet else 1)
 
   def token_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-    """Returns the height and width, in patches, of images of this size."""
     return image_size[0] // self.token_stride, image_size[1] // self.token_stride
 
   @property

@@ -34,7 +34,6 @@ class VitCheckpoint(Checkpoint):
   def choose_size(
     self, model: Any, requested: Size | None, trained: Size | None
   ) -> tuple[Size, "VitCheckpoint"]:
-    """Derives the size from the position table if it is not stated."""
     trained, stride, checkpoint = trained or self.image_size, model.token_stride, self
     given, fallback = (size and model.token_grid(size) for size in (trained, requested))
     if self._table is not None:
@@ -47,7 +46,6 @@ class VitCheckpoint(Checkpoint):
   def at_size(
     self, target: Mapping[str, Any], model: Any, size: Size, *, method: str | None = None
   ) -> "VitCheckpoint":
-    """Resizes the position embeddings to the grid of images of `size`."""
     if POSITIONS not in target or self.image_size is None or self._table is None:
       return self
     old, new = model.token_grid(self.image_size), model.token_grid(size)

@@ -40,7 +40,6 @@ _BACKBONE = "patch_embed.backbone"
 
 
 def _conv_norm_rows(published: str, ours: str) -> list[Row]:
-  """Returns the rows of a convolution and its group norm; "@" is "conv" or "norm"."""
   conv, conv_path = published.replace("@", "conv"), ours.replace("@", "conv")
   norm = norm_rows(published.replace("@", "norm"), ours.replace("@", "norm"))
   return [Row(f"{conv}.weight", f"{conv_path}/kernel", CONVOLUTION), *norm]
