@@ -130,7 +130,6 @@ def _transfer(url: str, target: epath.Path) -> str:
 
 
 def _from_hub(name: str) -> str:
-  """Downloads a repository of the Hugging Face hub: JSON files, and safetensors if it has them."""
   try:
     hub = importlib.import_module("huggingface_hub")
   except ImportError:

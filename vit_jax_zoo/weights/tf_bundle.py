@@ -65,7 +65,6 @@ def read_bundle(prefix: str) -> Flat:
 
 
 def _read_tensors(prefix: str, fields: Mapping[str, Mapping[int, Any]], shards: int) -> Flat:
-  """Reads the shards one after another, so that only one is in memory."""
   arrays: Flat = {}
   problems = []
   for shard in range(shards):

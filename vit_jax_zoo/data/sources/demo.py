@@ -154,7 +154,6 @@ class Material:
 
 
 def _cut(digit: np.ndarray, above: float | int) -> np.ndarray:
-  """Returns a digit without the rows and columns around it where nothing is `above` a level."""
   rows, columns = np.flatnonzero(digit.max(1) > above), np.flatnonzero(digit.max(0) > above)
   return digit[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 

@@ -101,7 +101,6 @@ class LambdaBottleneck(Bottleneck):
   def spatial(
     self, x: Float[Array, "b h w c"], stride: int, *, train: bool
   ) -> Float[Array, "b h2 w2 c"]:
-    """Applies the lambda layer; a stride is average pooling at its end."""
     given = part_fields("lambda_layer", LambdaLayer, self.lambda_fields)
     fields: dict[str, Any] = {"norm": self.norm, "dtype": self.dtype, **given}
     layer = LambdaLayer(stride=stride, **fields, name="lambda_layer")

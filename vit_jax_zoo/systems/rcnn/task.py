@@ -298,7 +298,6 @@ class InstanceDetection(base.Task):
     targets: Targets,
     fraction: Float[Array, ""],
   ) -> dict[str, Array]:
-    """Returns the second stage's losses, times this micro-batch's fraction of the images."""
     if logits.shape[-1] != self.num_classes + 1:
       wrong = f"num_classes: {logits.shape[-1] - 1} in the model, {self.num_classes} in the task"
       raise ValueError(f"{wrong}; expected the highest class id + 1 in both")

@@ -54,7 +54,6 @@ class VitCheckpoint(Checkpoint):
   def fit_positions_to(
     self, target: Mapping[str, Any], grid: Size | None, method: str | None
   ) -> "VitCheckpoint":
-    """Resizes the positions to the table of existing variables; see `Checkpoint`."""
     theirs, positions = self.array(POSITIONS), target.get(POSITIONS)
     if theirs is None or positions is None or (grid is None and positions.shape == theirs.shape):
       return self
