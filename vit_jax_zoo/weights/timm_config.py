@@ -57,7 +57,7 @@ def _numbers(
   if value is not None and not (is_known and all(lowest < x < math.inf for x in found)):
     expected = f"{' or '.join(map(str, counts))} numbers above {lowest}"
     raise WeightsError(f"{published.path}: config.json: {field} is {value!r}; expected {expected}")
-  return None if value is None else tuple(found)
+  return None if value is None else tuple(map(float, found))
 
 
 def write(
