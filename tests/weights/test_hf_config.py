@@ -61,24 +61,38 @@ def test_center_crop_round_trip(name):
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*CROPS, "DeiTImageProcessor", "nothing"])
+@pytest.mark.parametrize("name", [*CROPS, "DeiT", "Beit", "CLIP", "Bit", "nothing"])
 def test_preprocess_equals_transformers(name):
-  from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
-  from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-
+  transformers = pytest.importorskip("transformers")
   fields = {**CROPS[name], "do_center_crop": True} if name in CROPS else {}
   fields |= dict.fromkeys(("do_resize", "do_normalize")) if name == "nothing" else {}
-  kind = DeiTImageProcessorPil if name.startswith("DeiT") else ViTImageProcessorPil
-  theirs, ours = (
-    kind(**fields),
-    read_preprocess({"image_processor_type": name, **fields}, (224,) * 2),
-  )
+  kind = name if name in hf_config._DEFAULTS else "ViT"
+  theirs = getattr(transformers, f"{kind}ImageProcessorPil")(**fields)
+  ours = read_preprocess({"image_processor_type": f"{kind}ImageProcessor", **fields}, (224,) * 2)
   rng = np.random.default_rng(0)
   for size in rng.integers(5, 300, (20, 2)).tolist():
     image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
     found = theirs(image, input_data_format="channels_last", return_tensors="np")
     expected = np.moveaxis(found["pixel_values"], 1, -1)
     np.testing.assert_allclose(ours([image]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Bit"])
+def test_defaults_follow_processor_kind(kind):
+  processor = {"image_processor_type": f"{kind}ImageProcessor"}
+  found = read_preprocess(processor, (224, 224))
+  assert (found.image_size, found.fit, found.interpolation) == ((224, 224), "crop", "bicubic")
+  assert (found.mean[0], found.std[0]) == (0.48145466, 0.26862954)
+  processor |= {"size": 64, "crop_size": 48}  # a number: the shorter side
+  found = read_preprocess(processor, (224, 224))
+  assert found.resized_size(40, 80) == (64, 128)
+
+
+def test_shorter_side_without_crop_warns(caplog):
+  with caplog.at_level("WARNING"):
+    found = read_preprocess({"size": {"shortest_edge": 64}}, (224, 224))
+  assert found.image_size == (64, 64)
+  assert "size is {'shortest_edge': 64} without a crop" in caplog.text
 
 
 def test_unknown_processor_class_warns(caplog):

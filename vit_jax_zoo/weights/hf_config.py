@@ -89,8 +89,13 @@ def size_of(
   return {name: sides[name] for name in names}
 
 
-_DEIT = {"size": 256, "crop_size": 224, "do_center_crop": True, "resample": 3}
-"""Defaults of DeiT's and BEiT's processors."""
+_BEIT: dict[str, Any] = {"size": 224, "crop_size": 224, "resample": 3}
+_DEIT = _BEIT | {"size": 256, "do_center_crop": True}
+_CLIP = _DEIT | {"size": {"shortest_edge": 224}}
+_CLIP["image_mean"] = [0.48145466, 0.4578275, 0.40821073]
+_CLIP["image_std"] = [0.26862954, 0.26130258, 0.27577711]
+_DEFAULTS = {"DeiT": _DEIT, "Beit": _BEIT, "CLIP": _CLIP, "Bit": _CLIP}
+"""Kind of processor -> transformers' defaults; all others have ViT's."""
 
 
 def read_preprocess(processor: Mapping[str, Any], size: Size, kind: str) -> Preprocess:
@@ -100,12 +105,15 @@ def read_preprocess(processor: Mapping[str, Any], size: Size, kind: str) -> Prep
   `kind` begins the name of the model's own processor.
   """
   own = processor.get("image_processor_type") or processor.get("feature_extractor_type") or kind
-  if not str(own).startswith((kind, "DeiT", "Beit", "CLIP", "Bit")):
+  if not str(own).startswith((kind, *_DEFAULTS)):
     logging.warning("%s: %s is read as %sImageProcessor", _PROCESSOR, own, kind)
-  defaults = _DEIT if str(own).startswith(("DeiT", "Beit")) else {"size": list(size)}
+  defaults: dict[str, Any] = {"size": list(size)}
+  defaults = next((x for key, x in _DEFAULTS.items() if str(own).startswith(key)), defaults)
   # As in transformers, null is no for a step, and an error for a value: the default here.
   stated = {k: v for k, v in processor.items() if v is not None or k.startswith("do_")}
   given: dict[str, Any] = {**defaults, **stated}
+  if defaults is _CLIP and type(given["size"]) is int:
+    given["size"] = {"shortest_edge": given["size"]}
   if given.get("do_pad") and "pad_size" in given:
     raise WeightsError(f"{_PROCESSOR}: pad_size is {given['pad_size']!r}; expected none")
   # A limit of the longer side would give images of several sizes.
@@ -118,6 +126,8 @@ def read_preprocess(processor: Mapping[str, Any], size: Size, kind: str) -> Prep
     if not do_resize or height > resized[0] or width > resized[1]:
       wrong = f"crop_size is {given['crop_size']}, size {given['size']}, do_resize {do_resize}"
       raise WeightsError(f"{_PROCESSOR}: {wrong}; expected a resize to at least the crop")
+  elif len(sides) == 1 and do_resize:
+    logging.warning("%s: size is %s without a crop; crops the centre", _PROCESSOR, given["size"])
   fit = "crop" if len(sides) == 1 else "squash"
   return Preprocess(
     (height, width),
