@@ -61,7 +61,6 @@ def draw_predictions(
 
 
 def _pairs(batch: Mapping[str, Any], title: str) -> tuple[Figure, list[tuple[int, Axes, Axes]]]:
-  """Returns a figure, and (row, left cell, right cell) of each of the first real examples."""
   rows = real_rows(batch)[:4]
   columns = 2 if len(rows) < 2 else 4  # two images side by side
   figure, axes = grid(-(-2 * len(rows) // columns), columns, title)

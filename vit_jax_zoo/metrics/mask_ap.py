@@ -31,7 +31,6 @@ class InstanceEvaluator(DetectionEvaluator):
   masks_below: int | None = None  # scores only masks of smaller class ids (things)
 
   def _image(self, batch: Mapping[str, Any], predictions: Mapping[str, Any], row: int) -> Image:
-    """Raises ValueError if there are no true masks of the original size."""
     image = super()._image(batch, predictions, row)
     truth = _true_masks(batch, row, image.size)
     if "mask_logits" in predictions:

@@ -467,5 +467,4 @@ def _by_path(tree: Any) -> dict[str, Any]:
 
 
 def _saved_arrays(item: epath.Path) -> dict[str, Any]:
-  """Returns shape and dtype of each saved array by path, without reading any array."""
   return _by_path(ocp.PyTreeCheckpointHandler().metadata(item).tree)

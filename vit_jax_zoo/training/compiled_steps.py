@@ -189,7 +189,6 @@ def abstract_batch_of(batch: Mapping[str, Any], batch_size: int) -> dict[str, ja
 
 
 def _place(target: jax.ShapeDtypeStruct, fresh: jax.Array, value: Any) -> jax.Array:
-  """Places an array with the sharding of `target`; from the host, each device gets its shards."""
   if value is fresh:
     return fresh
   if np.shape(value) != target.shape:

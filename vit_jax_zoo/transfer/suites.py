@@ -90,8 +90,6 @@ def run_suites(request: Request, extractor: Extractor) -> Iterator[Outcome]:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-  """Evaluates the requested suites; `cache` has the features of datasets for several probes."""
-
   request: Request
   extractor: Extractor
   cache: dict[Any, probing.Labelled]

@@ -52,7 +52,7 @@ def test_invalid_file_reports_all_errors(monkeypatch):
   with pytest.raises(WeightsError) as error:
     read_variables(published, shapes, "x.safetensors")
   for problem in (
-    "x.safetensors does not fit",
+    "x.safetensors: does not fit",
     "wrong shape: head.fc.weight is (5, 10)",
     "wrong shape: stages.2.1.self_attn.qkv.weight is (3,)",
     "no floating-point numbers: stages.0.0.conv1_1x1.bn.bias is int32",

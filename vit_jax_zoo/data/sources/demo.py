@@ -159,7 +159,6 @@ def _cut(digit: np.ndarray, above: float | int) -> np.ndarray:
 
 
 def _squares(name: str, split: str) -> UInt8[np.ndarray, "p _ _ 3"]:
-  """Cuts the central 70 % of a photograph into squares of 1.5 times a scene's side."""
   photo, side = read_photo(name), SIZE * 3 // 2
   height, width = photo.shape[:2]
   top, left = round(height * (1 - 0.7) / 2), round(width * (1 - 0.7) / 2)

@@ -159,7 +159,6 @@ def _key(name: str) -> str:
 
 
 def _cufed5(folder: pathlib.Path) -> Pairs:
-  """Pairs `000_0.png` with `000_1.png` to `000_5.png`."""
   pairs = {}
   for image in sorted(folder.glob("*_0.png")):
     references = tuple(folder / f"{image.name[:-5]}{level}.png" for level in range(1, 6))

@@ -217,7 +217,6 @@ def _pad_window(x: Float[Array, "b y x c"], window: int) -> Float[Array, "b i j 
 def _at_offset(
   padded: Float[Array, "b i j c"], offset: Int[Array, ""], window: int, size: tuple[int, ...]
 ) -> Float[Array, "b h w c"]:
-  """Returns the element at one offset (row-major) of every window, for a query map of `size`."""
   start = (0, offset // window, offset % window, 0)
   sides = (padded.shape[1] - window + 1, padded.shape[2] - window + 1)
   part = jax.lax.dynamic_slice(padded, start, (len(padded), *sides, padded.shape[-1]))

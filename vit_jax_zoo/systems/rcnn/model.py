@@ -212,7 +212,6 @@ class RCNN(nn.Module):
 
   @property
   def strides(self) -> tuple[int, ...]:
-    """Stride of each level in pixels, extra levels included."""
     first = 1 if (self.backbone or {}).get("stem") == "conv3" else 4
     own = [first * 2 ** STAGES.index(level) for level in self.levels]
     return (*own, *(own[-1] * 2 ** (i + 1) for i in range(self.extra_levels)))

@@ -113,7 +113,6 @@ def _conv_norm_rows(published: str, ours: str, place: int = 0) -> list[Row]:
 
 
 def _sequence_rows(published: str, ours: str, end: int) -> list[Row]:
-  """Rows of the convolutions 1 to `end` - 1: sequences of convolution, norm, ReLU."""
   convs = (_conv_norm_rows(published, f"{ours}/conv_{i}", 3 * (i - 1)) for i in range(1, end))
   return [row for rows in convs for row in rows]
 

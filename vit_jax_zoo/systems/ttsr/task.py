@@ -162,7 +162,6 @@ class SuperResolution(base.Task):
     return {"super_resolution": draw.draw_results(*rows)}
 
   def draw_epsilon(self, rng: jax.Array, count: int) -> Float[Array, " b"]:
-    """Returns the weight of the true image in each mixture of the gradient penalty, in [0, 1]."""
     return jax.random.uniform(rng, (count,))
 
   def _inputs(self, batch: base.Batch) -> list[Float[Array, "b h w 3"]]:
