@@ -15,6 +15,7 @@ import pytest
 
 import vit_jax_zoo
 from vit_jax_zoo import config as config_lib
+from vit_jax_zoo.inference.base import list_options
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -52,14 +53,16 @@ def module_of(words):
 
 
 def flags_of(module):
-  """Returns the names of the flags that a module's source defines."""
+  """Returns the names of the flags that a module's source, and predictors' options, define."""
   path = ROOT / (module.replace(".", "/") + ".py")
   path = path if path.exists() else path.with_suffix("") / "__main__.py"
   calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
   defined = [
     c for c in calls if getattr(c.func, "attr", "").startswith(("DEFINE_", "add_argument"))
   ]
-  return {c.args[0].value.lstrip("-").replace("-", "_") for c in defined}
+  names = [c.args[0].value for c in defined if isinstance(c.args[0], ast.Constant)]
+  options = [option.name for option in list_options()] if module.endswith(".predict") else []
+  return {name.lstrip("-").replace("-", "_") for name in [*names, *options]}
 
 
 def package_commands():
