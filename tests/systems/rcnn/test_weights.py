@@ -219,6 +219,6 @@ def test_detectron_classes_become_coco_ids_and_back(caplog):
   again = rcnn_classes.without_ids(wide, {"c": 1}, rcnn_classes.NAMES, 81)
   np.testing.assert_array_equal(again["c.weight"], arrays["c.weight"])
   few = {"c.weight": np.zeros((4, 1)), "c.bias": np.zeros(4)}
-  with caplog.at_level("INFO"):
+  with caplog.at_level("INFO", logger="absl"):
     assert not rcnn_classes.with_ids(few, {"c": 1}, "b.pth")[1]
   assert "b.pth: 4 outputs" in caplog.text  # the numbering is logged
