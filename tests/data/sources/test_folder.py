@@ -44,7 +44,7 @@ def test_hash_split_stable_when_files_added(class_folders, tmp_path):
 
 def test_ignored_files_logged(class_folders, caplog):
   logging.set_verbosity(logging.INFO)
-  with caplog.at_level("INFO"):
+  with caplog.at_level("INFO", logger="absl"):
     load_source(f"folder:{class_folders}", "train")
   assert "ignored 1 files that are not images: cow/notes.txt" in caplog.text
 
@@ -331,7 +331,7 @@ def test_system_files_skipped(tmp_path, caplog):
   os.mkfifo(tmp_path / "x" / "pipe.jpg")
   (tmp_path / "x" / "folder.jpg").mkdir()
   (tmp_path / "x" / "lost.png").symlink_to(tmp_path / "nowhere.png")
-  with caplog.at_level("INFO"):
+  with caplog.at_level("INFO", logger="absl"):
     source = load_source(f"folder:{tmp_path}", "all")
   assert source.info.class_names == ("x", "y")
   assert len(source) == 6

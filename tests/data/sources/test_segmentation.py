@@ -290,7 +290,7 @@ def test_mostly_ignored_label_map_warns(tmp_path, caplog):
 )
 def test_ignored_values_logged(tmp_path, caplog, values, fields, named, level):
   logging.set_verbosity(logging.INFO)
-  with caplog.at_level("INFO"):
+  with caplog.at_level("INFO", logger="absl"):
     batches_of(write_masks(tmp_path, values), **fields)
   assert [r.levelname for r in caplog.records if named in r.getMessage()] == [level]
 

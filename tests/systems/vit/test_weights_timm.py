@@ -202,7 +202,7 @@ def test_invalid_timm_config_raises(config, message, tmp_path):
 def test_fields_are_completed_by_architecture(tmp_path, caplog):
   _, variables = tiny_variables(depth=1)
   write_timm(str(tmp_path / "model.safetensors"), flat(variables))
-  with caplog.at_level("INFO"):
+  with caplog.at_level("INFO", logger="absl"):
     assert load_pretrained(str(tmp_path)).model.num_heads == 1
   assert "assumes 1 heads, activation gelu, pool cls" in caplog.text
   for name in ("test_vit", "timm/test_vit.r160_in1k"):
