@@ -80,7 +80,7 @@ def test_images_of_many_sizes_share_programs():
     return predict_batch(variables, batch)
 
   predictor = create_predictor(trained, Options(threshold=0.0))
-  predictor._predict = jax.jit(count)
+  predictor._predict_padded = jax.jit(count)
   unpadded = create_predictor(trained, Options(threshold=0.0))
   unpadded._padded_side = lambda side: side
   for height, width in ((97, 120), (100, 128), (128, 97)):

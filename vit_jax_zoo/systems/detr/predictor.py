@@ -32,11 +32,10 @@ class DetectionPredictor:
       raise ValueError(f"--threshold: {options.threshold} is given; expected a value in [0, 1]")
     self._trained, self._options = trained, options
     task: Any = trained.task
-    if not task.model.mask_head:  # its group norms would include the padding
-      task = task.padding_invariant()
     self._task = dataclasses.replace(task, draw_attention=options.explain)
     self._stuff_from = task.num_classes if task.stuff_from is None else task.stuff_from
     self._predict = jit_by_image_size(self._task.predict)
+    self._predict_padded = jit_by_image_size(self._task.padding_invariant().predict)
 
   def __call__(self, image: Image) -> Prediction:
     """Returns `detections`, by falling score, in the format of COCO's result files.
@@ -45,9 +44,15 @@ class DetectionPredictor:
     panoptic files. Pictures: "" with boxes; "attention" with `explain`; "segments" with coloured
     segments, and "panoptic" with their ids as colours (red + 256 green + 65536 blue).
     """
-    batch = padded_batch(self._trained.prepare(image), self._padded_side)
+    example = self._trained.prepare(image)
+    shape = np.shape(example["image"])[:2]
+    # As it is: a mask head's group norms include padding, and some preprocessing pads itself.
+    if self._task.model.mask_head or tuple(example.get("image_size", shape)) != shape:
+      batch, predict = padded_batch(example, lambda side: side), self._predict
+    else:
+      batch, predict = padded_batch(example, self._padded_side), self._predict_padded
     batch["original_size"] = np.array([image.shape[:2]], np.int32)
-    found = jax.device_get(self._predict(self._trained.variables, batch))
+    found = jax.device_get(predict(self._trained.variables, batch))
     selected = np.flatnonzero(found["scores"][0] >= self._options.threshold)
     selected = selected[np.argsort(-found["scores"][0][selected], kind="stable")]
     record: dict[str, Any] = {"detections": self._detections(batch, found, selected, image)}
@@ -69,8 +74,6 @@ class DetectionPredictor:
 
   def _padded_side(self, side: int) -> int:
     """Rounds up by at most an eighth: a few sizes are compiled, instead of one for each image."""
-    if self._task.model.mask_head:
-      return side
     stride = (self._task.model.backbone or {}).get("output_stride", 32)
     step = max(stride, 2 ** side.bit_length() // 16)
     return -(-side // step) * step
