@@ -41,7 +41,7 @@ _UNCHECKED = (MANIFEST, ORBAX_METADATA)
 
 _BLOCK = 1 << 26  # bytes
 _WEIGHTS = np.full(512, 0x9E3779B97F4A7C15, "<u8").cumprod()  # all odd
-_HASHES, _FORMER = "hashes", ("checksums", "crc32")  # the latter: of earlier development versions
+_CHECKSUMS, _FORMER = "checksums", "crc32"  # keys of the manifest; the latter: of earlier runs
 
 
 class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
@@ -206,7 +206,7 @@ class _Folder:
       return
     for directory in self._directory.glob(f"{self._step}.*"):
       _check_complete(_item(directory))
-      (directory / MANIFEST).write_text(json.dumps({_HASHES: _checksums(directory)}))
+      (directory / MANIFEST).write_text(json.dumps({_CHECKSUMS: _checksums(directory)}))
 
 
 def restore_variables(
@@ -350,7 +350,7 @@ def _find_damage(checkpoint: epath.Path) -> str | None:
     return None
   try:
     listed = json.loads(manifest.read_text())
-    kind = next(kind for kind in (_HASHES, *_FORMER) if kind in listed)
+    kind = next(kind for kind in (_CHECKSUMS, _FORMER) if kind in listed)
     expected = {**listed[kind]}
   except (ValueError, StopIteration, TypeError, RecursionError):
     return f"{MANIFEST} is not readable"
@@ -363,7 +363,7 @@ def _find_damage(checkpoint: epath.Path) -> str | None:
   return None
 
 
-def _checksums(directory: epath.Path, kind: str = _HASHES) -> dict[str, list[int]]:
+def _checksums(directory: epath.Path, kind: str = _CHECKSUMS) -> dict[str, list[int]]:
   """Returns the size, and the checksum of each block, of every file by path."""
   root = pathlib.Path(os.fspath(directory))
   files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.name not in _UNCHECKED]
@@ -372,25 +372,24 @@ def _checksums(directory: epath.Path, kind: str = _HASHES) -> dict[str, list[int
     for path in files:
       size = path.stat().st_size
       starts = range(0, size, _BLOCK)
-      block_sum = functools.partial(_checksum, path, by_place=kind == _HASHES)
-      sums = [_crc32(path)] if kind == "crc32" else pool.map(block_sum, starts)
+      block_sum = functools.partial(_checksum, path)
+      sums = [_crc32(path)] if kind == _FORMER else pool.map(block_sum, starts)
       found[str(path.relative_to(root))] = [size, *sums]
   return found
 
 
-def _checksum(path: pathlib.Path, start: int, *, by_place: bool = True) -> int:
+def _checksum(path: pathlib.Path, start: int) -> int:
   """Returns the CRC-32 of sums of 64-bit words, at half the time of a CRC-32 of all bytes."""
   # Sums of rows of 4 KiB are weighted by place; flips of highest bits cancel only in those.
   crc, buffer = 0, bytearray(1 << 18)
   words = np.frombuffer(buffer, "<u8").reshape(-1, 512)
-  weights = _WEIGHTS if by_place else np.ones_like(_WEIGHTS)
   with path.open("rb") as file:
     file.seek(start)
     for _ in range(0, _BLOCK, len(buffer)):
       count = file.readinto(buffer)
       buffer[count:] = bytes(len(buffer) - count)
-      crc = zlib.crc32(np.einsum("rc,c->r", words, weights), crc)
-      crc = zlib.crc32(words.sum(axis=0), crc) if by_place else crc
+      crc = zlib.crc32(np.einsum("rc,c->r", words, _WEIGHTS), crc)
+      crc = zlib.crc32(words.sum(axis=0), crc)
       if count < len(buffer):
         break
   return crc
