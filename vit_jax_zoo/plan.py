@@ -4,12 +4,11 @@
     python -m vit_jax_zoo.plan --config=configs/vit.py:l16_imagenet --topology=v5e:8x8 --search
     python -m vit_jax_zoo.plan --config=configs/vit.py --platform=cpu --output=plan.json
     python -m vit_jax_zoo.plan --config=configs/vit.py --topology=v5litepod-16 --nocompile
-    python -m vit_jax_zoo.plan --all
 
 It compiles the train step of `main`, and prints whether it fits, a memory breakdown, FLOPs,
-traffic, and lower bounds on the time of a step, an epoch and the run. `--all` plans every recipe
-and writes docs/PLANS.md. A TPU slice needs `pip install -e '.[plan]'`, except with `--nocompile`,
-which only checks that config, slice, mesh and batch size fit.
+traffic, and lower bounds on the time of a step, an epoch and the run. A TPU slice needs
+`pip install -e '.[plan]'`, except with `--nocompile`, which only checks that config, slice, mesh
+and batch size fit. `python docs/make_plans.py` plans every recipe.
 """
 
 import json
@@ -23,7 +22,6 @@ from ml_collections import ConfigDict
 from vit_jax_zoo import cli
 from vit_jax_zoo.config import load
 from vit_jax_zoo.errors import escape_controls
-from vit_jax_zoo.planning import page
 from vit_jax_zoo.planning.hardware import Machine, find_machine, simulated_slice
 from vit_jax_zoo.planning.plan import Plan, best, make_plan, search
 from vit_jax_zoo.planning.report import mesh, report, table
@@ -39,20 +37,15 @@ def define_flags() -> None:
   flags.DEFINE_bool("compile", True, "false: only check config, slice, mesh and batch size")
   flags.DEFINE_bool("search", False, "compare several meshes, and select one")
   flags.DEFINE_string("output", None, "a JSON file to write the plan to")
-  flags.DEFINE_bool("all", False, "every recipe of configs/, into docs/PLANS.md")
-  flags.DEFINE_string("only", "", "of --all, only the rows whose name contains this pattern")
   flags.DEFINE_enum(
     "optimization_level", None, ("O0", "O1", "O2", "O3"),
     "of XLA; O1 compiles convolutions in a third of the time, but the program moves more bytes "
     "and needs other memory than a run's at the default level",
   )  # fmt: skip
-  flags.DEFINE_integer("time_limit", 3600, "seconds for each row of --all")
 
 
 def main(argv: Sequence[str]) -> int:
   """Runs the command with overrides of config fields; returns 0 if a plan fits, else 1."""
-  if FLAGS.all:
-    return page.compile_all(FLAGS.only, FLAGS.time_limit, FLAGS.optimization_level)
   if FLAGS.optimization_level:
     jax.config.update("jax_optimization_level", FLAGS.optimization_level)
   if FLAGS.config is None:

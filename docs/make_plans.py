@@ -1,14 +1,22 @@
 """Writes docs/PLANS.md: memory, FLOPs and a lower bound on the time of every recipe.
 
-Each is compiled in its own process, for the slices in `docs/slices.toml`; `docs/plans.json` stores
-the results, one row per line, from which an interrupted run resumes.
+    python docs/make_plans.py
+    python docs/make_plans.py --only='configs/vit.py:*v5e*' --optimization_level=O1
+    python docs/make_plans.py --only=nothing          the page alone, from docs/plans.json
+
+Each recipe is compiled in its own process by `vit_jax_zoo.plan`, for the slices in
+`docs/slices.toml`; `docs/plans.json` stores the results, one row per line, from which an
+interrupted run resumes. Rows of another optimization level than the default are compiled again when
+none is given.
 """
 
+import argparse
 import fcntl
 import fnmatch
 import hashlib
 import importlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -16,8 +24,6 @@ import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-
-from absl import logging
 
 from vit_jax_zoo.config import load
 from vit_jax_zoo.planning.report import ASSUMPTIONS, gib, seconds
@@ -76,7 +82,7 @@ def compile_all(pattern: str, time_limit: int, level: str | None = None) -> int:
   for row in rows()[0]:
     if not fnmatch.fnmatchcase(row.key, f"*{pattern}*") or _is_current(row, _stored(), level):
       continue
-    logging.info("compiling %s", row.key)
+    print(f"compiling {row.key}", flush=True)  # noqa: T201
     result = {**_compile(row, time_limit, level), "digest": digest(row)}
     failed |= not result.get("fits")
     write_page({row.key: result})
@@ -173,7 +179,7 @@ MEMORY = ("peak", "limit", "params", "optimizer", "temporary")  # bytes per devi
 
 HEAD = """# Resources of the recipes
 
-Written by `python -m vit_jax_zoo.plan --all`; do not edit. For each row, libtpu compiled the
+Written by `python docs/make_plans.py`; do not edit. For each row, libtpu compiled the
 recipe's training step for a TPU slice, without a TPU and without the data; nothing on this page was
 run on a TPU. All figures are per device. "Peak" is the memory that the compiler reports for one
 step, "limit" the memory of the device. Rows marked "O1" were compiled with
@@ -257,3 +263,20 @@ def _cells(row: Row, result: Mapping[str, Any] | None) -> list[str]:
     f"{took}, {level}" if took and level else took,
     f"{result['date']}, jax {result['jax_version']}{changed}",
   ]
+
+
+def main() -> int:
+  """Parses the command line, compiles the rows and writes the page, in the repository's root."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--only", default="", help="pattern of the rows to compile; default: all")
+  parser.add_argument("--optimization_level", choices=("O0", "O1", "O2", "O3"), help="of XLA")
+  parser.add_argument("--time_limit", type=int, default=3600, help="seconds for each row")
+  given = parser.parse_args()
+  root = pathlib.Path(__file__).resolve().parents[1]
+  os.chdir(root)
+  sys.path.insert(0, str(root))  # for configs/
+  return compile_all(given.only, given.time_limit, given.optimization_level)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

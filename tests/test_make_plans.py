@@ -1,15 +1,18 @@
-"""docs/PLANS.md matches docs/plans.json and the recipes; compiles nothing."""
+"""`docs/make_plans.py`: docs/PLANS.md matches docs/plans.json and the recipes; compiles nothing."""
 
 import concurrent.futures
+import importlib.util
 import json
-import pathlib
 import time
 
 import pytest
 
-from vit_jax_zoo.planning import page
+from tests.conftest import GOLDENS
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = GOLDENS.parents[1]
+_spec = importlib.util.spec_from_file_location("make_plans", ROOT / "docs/make_plans.py")
+page = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(page)
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +21,7 @@ def _in_the_checkout(monkeypatch):
 
 
 def test_page_up_to_date():
-  """Updated without compilation by: python -m vit_jax_zoo.plan --all --only=nothing. The note
+  """Updated without compilation by: python docs/make_plans.py --only=nothing. The note
   about recipes changed since compilation is added at the next update."""
   written, now = page.PAGE.read_text(encoding="utf-8"), page.page()
   changed = "; the recipe has changed since"
