@@ -46,6 +46,12 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+def pytest_collection_finish():
+  """Excludes the objects of imported modules from garbage collection, which visits a million."""
+  gc.collect()
+  gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _bounded_memory():
   """Drops compiled programs after each file; a worker that keeps all of them grows to 3 GB."""

@@ -14,12 +14,16 @@ from vit_jax_zoo.inference.base import Options
 from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.ops.mask_paste import paste_masks
 
-torch = pytest.importorskip("torch")
-torchvision = pytest.importorskip("torchvision")
-
 pytestmark = pytest.mark.parity
 
 SIDE = 128
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _torchvision():
+  """Imports it late: with an import above, each worker would keep 650 MB from collection on."""
+  global torch, torchvision
+  torch, torchvision = pytest.importorskip("torch"), pytest.importorskip("torchvision")
 
 
 def random_network(kind):
