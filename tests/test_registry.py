@@ -1,3 +1,6 @@
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -73,6 +76,19 @@ def test_names_of_other_libraries(name, expected):
   assert registry.model_name(name) == expected
   if expected in list_models():
     assert create_model(name) == create_model(expected)
+
+
+@pytest.mark.parametrize("family", sorted(registry.model_classes()))
+def test_value_of_wrong_type_raises(family):
+  name = next(iter(registry.variants(family)))
+  wrong = {int: [(4, 4), 1.5, "4", True, None], float: [(0.1,), "0.1", True], bool: [1, "yes"]}
+  tried = 0
+  for field in dataclasses.fields(registry.model_classes()[family]):
+    for value in wrong.get(field.type, ()):
+      with pytest.raises(ValueError, match=re.escape(f"{name}: {field.name} is {value!r}; ")):
+        create_model(name, **{field.name: value})
+      tried += 1
+  assert tried
 
 
 def test_sharding_rules_end_with_catch_all():

@@ -230,6 +230,20 @@ def _prepare(config: ConfigDict, path: str, text: str) -> None:
     with config.unlocked():
       del section[key]
       section[key] = placeholder(object)
+  else:
+    _check_type(section.get_type(key), path, text)
+
+
+_PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser()}
+
+
+def _check_type(kind: type, path: str, text: str) -> None:
+  parser = _PARSERS.get(kind, flags.ArgumentParser())
+  try:
+    parser.parse(text)
+  except ValueError:
+    expected = parser.syntactic_help or "true or false"
+    raise ValueError(f"--config.{path}={text}: expected {expected}") from None
 
 
 def _new_name(path: str) -> str | None:

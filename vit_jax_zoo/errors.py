@@ -1,9 +1,13 @@
-"""Messages about names: the nearest known one, class names, escaped characters."""
+"""Messages about names and types: the nearest known name, class names, escaped characters."""
 
 import dataclasses
 import difflib
+import inspect
+import numbers
 import operator
 import re
+import types
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
@@ -35,9 +39,35 @@ def field_names(kind: Any) -> list[str]:
 
 
 def part_fields(part: str, kind: type, given: Mapping[str, Any] | None) -> dict[str, Any]:
-  """Returns a config's fields of a part of a model ("backbone"); ValueError for an unknown one."""
-  check_names(f"field of {part}", given or (), field_names(kind))
+  """Returns a config's fields of a part of a model ("backbone"); ValueError for an invalid one."""
+  check_fields(part, kind, given or {})
   return dict(given or {})
+
+
+def check_fields(owner: str, kind: type, given: Mapping[str, Any], *others: str) -> None:
+  """Raises ValueError for a name not in a dataclass or `others`, or a value of another type."""
+  check_names(f"field of {owner}", given, [*field_names(kind), *others])
+  for field in dataclasses.fields(kind):
+    if field.name in given and not _is_of(given[field.name], field.type):
+      hint = inspect.formatannotation(field.type)
+      expected = _TYPES.get(hint, hint.replace("collections.abc.", ""))
+      raise ValueError(f"{owner}: {field.name} is {given[field.name]!r}; expected {expected}")
+
+
+_TYPES = {"int": "an integer", "float": "a number", "bool": "True or False", "str": "a string"}
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+  origin, inner = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (types.UnionType, typing.Union):
+    return any(_is_of(value, each) for each in inner)
+  if origin in (tuple, Sequence):
+    return isinstance(value, tuple | list) and all(_is_of(x, inner[0]) for x in value)
+  if hint in (int, float):
+    kind = numbers.Integral if hint is int else numbers.Real
+    return isinstance(value, kind) and not isinstance(value, bool)
+  kind = origin or hint
+  return kind not in (bool, str, Mapping, types.NoneType) or isinstance(value, kind)
 
 
 def name_of(index: SupportsIndex, class_names: Sequence[str]) -> str:

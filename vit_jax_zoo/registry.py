@@ -10,7 +10,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from vit_jax_zoo.errors import check_names, field_names, unknown_name
+from vit_jax_zoo.errors import check_fields, check_names, unknown_name
 
 
 class Registry(Mapping[str, Any]):
@@ -156,9 +156,9 @@ def create_model(name: str, **overrides: Any) -> Any:
   name = model_name(name)
   family = _family(name)
   kind = model_classes()[family]
-  check_names(f"field of {name}", overrides, [*field_names(kind), "name"])
-  if isinstance(overrides.get("dtype"), str):
-    check_names(f"dtype of {name}", [overrides["dtype"]], _DTYPES)
+  check_fields(name, kind, overrides, "name")
+  if isinstance(overrides.get("dtype"), str | float | tuple):
+    check_names(f"dtype of {name}", [str(overrides["dtype"])], _DTYPES)
   return kind(**{**variants(family)[name], **overrides})
 
 

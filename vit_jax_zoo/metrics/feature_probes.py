@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from vit_jax_zoo.errors import check_names, field_names
+from vit_jax_zoo.errors import check_fields, check_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,7 +328,7 @@ PROBES: dict[str, type[FeatureProbe]] = {
 def create_probe(name: str, **fields: Any) -> FeatureProbe:
   """Returns a probe from its config section; ValueError for an unknown or empty field."""
   check_names("probe", [name], PROBES)
-  check_names(f"field of the probe {name!r}", fields, field_names(PROBES[name]))
+  check_fields(f"the probe {name!r}", PROBES[name], fields)
   for field, value in fields.items():
     if isinstance(value, list | tuple) and not value:
       raise ValueError(f"probe {name!r}: {field} is empty; expected at least one value")

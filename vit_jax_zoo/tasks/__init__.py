@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from vit_jax_zoo.errors import check_names, escape_surrogates
+from vit_jax_zoo.errors import check_fields, check_names, escape_surrogates
 from vit_jax_zoo.registry import Registry, registry_of
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def create_task(name: str, model: "Model", **fields: Any) -> "Task":
     required = field.default is field.default_factory is dataclasses.MISSING
     if required and field.name != "model" and fields.get(field.name) is None:
       raise ValueError(f"task {name!r}: the field {field.name!r} is required; the dataset has none")
+  check_fields(f"task {name!r}", task_class, fields)
   plain = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
   if plain.get("class_names"):  # of a folder or a file of names
     plain["class_names"] = tuple(map(escape_surrogates, plain["class_names"]))

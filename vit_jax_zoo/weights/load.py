@@ -10,7 +10,7 @@ from absl import logging
 from flax import linen as nn
 from flax import traverse_util
 
-from vit_jax_zoo.errors import check_names, field_names
+from vit_jax_zoo.errors import check_fields
 from vit_jax_zoo.registry import model_classes
 from vit_jax_zoo.weights import hub, key_map
 from vit_jax_zoo.weights.checkpoint import Checkpoint
@@ -66,7 +66,7 @@ def load_pretrained(
   """
   checkpoint = read_checkpoint(hub.resolve(path))
   kind = model_classes()[checkpoint.family]
-  check_names(f"field of {kind.__name__}", overrides, field_names(kind))
+  check_fields(kind.__name__, kind, overrides)
   model = kind(**{**checkpoint.fields, **overrides})
   requested, trained = _height_width(image_size), _height_width(source_image_size)
   size, checkpoint = checkpoint.choose_size(model, requested, trained)

@@ -20,7 +20,7 @@ from absl import logging
 
 from vit_jax_zoo.data import images
 from vit_jax_zoo.data.sources.base import Example, Source
-from vit_jax_zoo.errors import check_names
+from vit_jax_zoo.errors import check_fields
 from vit_jax_zoo.registry import Registry
 
 
@@ -127,9 +127,8 @@ def _build(spec: dict[str, Any]) -> Transform:
   for field in _RETIRED & spec.keys():
     logging.info("transform %r: removed field %r ignored: images are always upright", name, field)
     del spec[field]
-  fields = dataclasses.fields(kind)
-  check_names(f"field of transform {name!r}", spec, [field.name for field in fields])
-  for field in fields:
+  check_fields(f"transform {name!r}", kind, spec)
+  for field in dataclasses.fields(kind):
     if field.name not in spec and field.default is dataclasses.MISSING:
       raise ValueError(f"transform {name!r} needs the field {field.name!r}")
   return kind(**spec)

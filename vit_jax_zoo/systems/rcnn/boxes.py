@@ -309,14 +309,13 @@ class ProposalLimits:
 def pick_limits(given: Mapping[str, Any] | None, *, train: bool) -> ProposalLimits:
   """Returns `ProposalLimits` of a config, in which a pair of values is (training, inference)."""
   fields = {"pre_nms_top_n": (2000, 1000), "post_nms_top_n": (2000, 1000)}
-  fields |= part_fields("proposals", ProposalLimits, given)
   chosen = {}
-  for name, value in fields.items():
+  for name, value in {**fields, **(given or {})}.items():
     pair = value if isinstance(value, list | tuple) else (value, value)
     if len(pair) != 2:
       raise ValueError(f"proposals.{name}: {value}; expected a number or (training, inference)")
     chosen[name] = pair[0 if train else 1]
-  limits = ProposalLimits(**chosen)
+  limits = ProposalLimits(**part_fields("proposals", ProposalLimits, chosen))
   check_positive(limits, "pre_nms_top_n", "post_nms_top_n")
   return limits
 
