@@ -10,7 +10,7 @@ FROM python:3.12-slim
 
 ARG EXTRA=fast
 WORKDIR /app
-COPY setup.cfg pyproject.toml README.md LICENSE ./
+COPY setup.cfg setup.py pyproject.toml README.md LICENSE ./
 COPY vit_jax_zoo vit_jax_zoo
 COPY configs configs
 RUN pip install --no-cache-dir -e ".[${EXTRA}]" && python -m compileall -q vit_jax_zoo configs

@@ -122,7 +122,7 @@ create() {
 
 setup() {
   tar -czf "$ARCHIVE" --exclude=__pycache__ \
-    setup.cfg pyproject.toml README.md LICENSE configs vit_jax_zoo || return
+    setup.cfg setup.py pyproject.toml README.md LICENSE configs vit_jax_zoo || return
   gcloud compute tpus tpu-vm scp "$ARCHIVE" "$NAME:vit_jax_zoo.tar.gz" "${WHERE[@]}" \
     --worker=all && on_workers all worker_install
 }

@@ -15,6 +15,7 @@ import pytest
 
 import vit_jax_zoo
 from vit_jax_zoo import config as config_lib
+from vit_jax_zoo.__main__ import COMMANDS
 from vit_jax_zoo.inference.base import list_options
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -27,6 +28,7 @@ GUIDES = {  # pages with commands and code to paste
   if page.stem not in ("add_a_model", "MODELS", "PLANS", "RECIPES")
 } | {"README": README}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PROGRAMS = ("python -m", "vit-jax-zoo ")
 INLINE = re.compile(r"`([^`\n]+)`")
 
 
@@ -49,6 +51,8 @@ def spans(page):
 
 def module_of(words):
   """Returns the module that a command runs, or None."""
+  if words[0] == "vit-jax-zoo":
+    return COMMANDS[words[1]][0] if len(words) > 1 else None
   return words[words.index("-m") + 1] if "-m" in words else None
 
 
@@ -69,7 +73,7 @@ def package_commands():
   """Returns the distinct commands of the package in all blocks and spans."""
   pages = GUIDES.values()
   found = [words for page in pages for words in commands(page)]
-  found += [shlex.split(s) for page in pages for s in spans(page) if s.startswith("python -m")]
+  found += [shlex.split(s) for page in pages for s in spans(page) if s.startswith(PROGRAMS)]
   run = {tuple(w): w for w in found if (module_of(w) or "").startswith("vit_jax_zoo.")}
   return [pytest.param(words, id=" ".join(words[2:])[:70]) for words in run.values()]
 

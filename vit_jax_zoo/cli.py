@@ -4,6 +4,7 @@ import contextlib
 import logging as python_logging
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -76,6 +77,9 @@ def run(
   """
 
   def parse(argv: list[str]) -> list[str]:
+    if {"--help", "-help", "-h", "--helpshort"} & set(argv[1:]):
+      print(help_text(main))  # noqa: T201
+      raise SystemExit(0)
     for argument in argv[1:]:
       name = argument.lstrip("-").partition("=")[0]
       if argument.startswith("-") and renamed and name in renamed:
@@ -86,13 +90,35 @@ def run(
 
   malloc.keep_freed_memory()  # before log_plainly, whose libtpu settings resemble a TPU host's
   log_plainly()
-  if "traceback" not in flags.FLAGS:  # a process may run several commands
-    text = "show the traceback of an error"
-    flags.DEFINE_bool("traceback", False, text, module_name=sys.argv[0])  # --help lists it
   if define_flags is not None:
     define_flags()
+  if "traceback" not in flags.FLAGS:  # a process may run several commands
+    text = "show the traceback of an error"
+    flags.DEFINE_bool("traceback", False, text, module_name="vit_jax_zoo.cli")
   with one_line_errors(show_traceback="--traceback" in sys.argv):
     app.run(main, flags_parser=parse)
+
+
+def help_text(main: Callable[[Sequence[str]], int]) -> str:
+  """Returns a command's usage, its module's docstring, and its own flags with their defaults."""
+  module = main.__globals__["__spec__"].name.removesuffix(".__main__")
+  python = f"python -m {module}"
+  program = sys.argv[0] if sys.argv[0].startswith("vit-jax-zoo ") else python
+  summary, _, text = (main.__globals__["__doc__"] or "").strip().partition("\n\n")
+  usage = f"{summary}\n\nusage: {program} [--flag=value ...]\n\nexamples:\n\n"
+  lines = [usage + text.replace(python, program), "", "flags:"]
+  modules = flags.FLAGS.flags_by_module_dict()
+  ours = [name for name in modules if name == sys.argv[0] or name.startswith("vit_jax_zoo")]
+  for flag in (flag for name in ours for flag in modules[name]):
+    is_bool = flag.flag_type() == "bool"
+    default = "none" if flag.default in (None, [], "") else str(flag.default_as_str).strip("'")
+    shown = "" if "default: " in flag.help else f" (default: {default})"
+    lines.append(f"  --{'[no]' if is_bool else ''}{flag.name}{'' if is_bool else '=...'}")
+    lines += textwrap.wrap(f"{' '.join(flag.help.split())}{shown}", 92, **_INDENT)
+  return "\n".join([*lines, "", "--helpfull also lists the flags of the libraries."])
+
+
+_INDENT = {"initial_indent": " " * 6, "subsequent_indent": " " * 6}
 
 
 def log_plainly() -> None:

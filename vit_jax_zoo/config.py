@@ -107,22 +107,40 @@ _MINIMA = {
 }
 
 
+def config_folder() -> pathlib.Path:
+  """Returns the folder of the shipped configs: in the wheel, or of the checkout."""
+  package = pathlib.Path(__file__).resolve().parent
+  shipped = package / "shipped" / "configs"
+  return shipped if shipped.is_dir() else package.parent / "configs"
+
+
+def _find_config(name: str) -> pathlib.Path:
+  """Returns a file of the user, or else the shipped config of this name."""
+  path, local, shipped = pathlib.Path(name).expanduser(), pathlib.Path("configs"), config_folder()
+  file = pathlib.Path(f"{name.removesuffix('.py')}.py").expanduser()
+  choices = [path, file]
+  if file.parent in (pathlib.Path(), local):
+    choices += [local / file.name, shipped / file.name]
+  if found := next((choice for choice in choices if choice.is_file()), None):
+    return found
+  known = [str(p) for folder in (path.parent, local) for p in folder.glob("[!_]*.py")]
+  known += [f"configs/{p.name}" for p in shipped.glob("[!_]*.py")]
+  files = {key: file for file in known for key in (file, pathlib.Path(file).stem)}
+  nearest = difflib.get_close_matches(str(path), files, n=1)
+  hint = f"; did you mean {files[nearest[0]]}?" if nearest else ""
+  raise FileNotFoundError(f"--config={name}: no such file{hint}")
+
+
 def load(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
-  """Returns the complete config of `configs/<system>.py[:variant][,field=value...]`, overridden."""
+  """Returns the complete config of `<file or name>[:variant][,field=value...]`, overridden.
+
+  A file of the user takes precedence: `vit` is `vit.py`, `configs/vit.py` or the shipped one.
+  """
   name, _, choice = argument.partition(":")
-  path = pathlib.Path(name).expanduser()
-  if not path.is_file():
-    folders = dict.fromkeys((path.parent, pathlib.Path("configs")))
-    files = {str(p): str(p) for folder in folders for p in folder.glob("[!_]*.py")}
-    files |= {pathlib.Path(p).stem: p for p in files}
-    nearest = difflib.get_close_matches(str(path), files, n=1)
-    hint = f"; did you mean {files[nearest[0]]}?" if nearest else ""
-    if not (files or path.is_absolute()):
-      hint = f" in {pathlib.Path.cwd()}; change to the folder of {path.parts[0]}"
-    raise FileNotFoundError(f"--config={name}: no such file{hint}")
-  root = str(path.resolve().parent.parent)
-  if root not in sys.path:  # for `from configs import common`
-    sys.path.insert(0, root)
+  path = _find_config(name)
+  for folder in (config_folder(), path.resolve().parent):  # for `from configs import common`
+    if str(folder.parent) not in sys.path:
+      sys.path.insert(0, str(folder.parent))
   spec = importlib.util.spec_from_file_location("vit_jax_zoo_config", path)
   if spec is None or spec.loader is None:
     raise ValueError(f"--config={name}: not a Python file; expected configs/<system>.py")

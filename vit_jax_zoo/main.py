@@ -22,9 +22,9 @@ from vit_jax_zoo.training.loop import Outcome, format_scores
 CONFIG = flags.DEFINE_string(
   "config",
   None,
-  "configs/<system>.py[:variant][,field=value...]; --config.section.field=value sets any field",
+  "a config's file or name[:variant][,field=value...]; --config.section.field=value sets any field",
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "default: runs/<config>_<variant>")
+WORKDIR = flags.DEFINE_string("workdir", None, "output folder; default: runs/<config>_<variant>")
 EVAL_ONLY = flags.DEFINE_bool("eval_only", False, "evaluate the last checkpoint, or init_from")
 OVERFIT = flags.DEFINE_bool("overfit_one_batch", False, "train on one batch, to check the model")
 PROFILE = flags.DEFINE_string("profile", None, "steps to trace, first:last, such as 10:15")

@@ -41,7 +41,8 @@ class Slice:
     for path in (self.state, self.bin, self.root / "configs", self.root / "vit_jax_zoo"):
       path.mkdir(parents=True)
     shutil.copy(ROOT / "launch_tpu.sh", self.root)
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "vit_jax_zoo/main.py"):
+    files = ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+    for name in (*files, "vit_jax_zoo/main.py"):
       (self.root / name).write_text("content\n")
     self.program("gcloud.py", self.bin / "gcloud")
     self.program("uv.py", self.bin / "uv")

@@ -145,7 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--dataset", help="name in TFDS, or of the new dataset with --from_folder")
-  parser.add_argument("--data_dir", default=str(tfds_source.default_data_dir()))
+  default = str(tfds_source.default_data_dir())
+  parser.add_argument("--data_dir", default=default, help="output folder (default: %(default)s)")
   parser.add_argument("--manual_dir", help="archives that TFDS may not download")
   parser.add_argument("--from_tfrecord", help="dataset prepared by TFDS as TFRecord")
   parser.add_argument("--from_folder", help="a folder of class folders")
