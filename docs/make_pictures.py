@@ -17,10 +17,9 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import cv2
 import jax
 import numpy as np
-from matplotlib import colormaps, patheffects
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -29,6 +28,7 @@ from PIL import Image
 
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms.super_resolution import enlarge, shrink
+from vit_jax_zoo.figures.canvas import heat_map
 from vit_jax_zoo.figures.detection import COLORS
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Trained
@@ -98,15 +98,6 @@ def compute(function: Callable[..., Any], variables: Any, batch: dict[str, np.nd
   return jax.device_get(jax.jit(function)(variables, batch))
 
 
-def shade(image: np.ndarray, weights: np.ndarray, minimum: float = 0.0) -> np.ndarray:
-  """Returns the image times the weights, which are resized to it and scaled to [minimum, 1]."""
-  small = max(image.shape[:2]) < 64
-  method = cv2.INTER_NEAREST if small else cv2.INTER_LINEAR
-  scale = cv2.resize(np.asarray(weights, np.float32), image.shape[1::-1], interpolation=method)
-  scale = np.clip(scale / max(float(scale.max()), 1e-9), 0, 1)[..., None]
-  return np.rint(image * (minimum + (1 - minimum) * scale)).astype(np.uint8)
-
-
 def explain_digits(run: str) -> tuple[list[Tile], dict[str, np.ndarray]]:
   """Returns six test digits with a classifier's predictions, and the model's explanation."""
   trained = load(run)
@@ -121,10 +112,12 @@ def explain_digits(run: str) -> tuple[list[Tile], dict[str, np.ndarray]]:
 
 
 def vit(run: str) -> list[list[Tile]]:
-  """Digits with predictions; the digits times the attention rollout."""
+  """Digits with predictions; attention rollout over the digits."""
   digits, explanation = explain_digits(run)
-  shaded = [shade(x.pixels, map_) for x, map_ in zip(digits, explanation["rollout"], strict=True)]
-  return [digits, [Tile(pixels) for pixels in shaded]]
+  maps = [
+    heat_map(x.pixels, a / a.max()) for x, a in zip(digits, explanation["rollout"], strict=True)
+  ]
+  return [digits, [Tile(pixels) for pixels in maps]]
 
 
 def lambda_resnet(run: str) -> list[list[Tile]]:
@@ -133,8 +126,8 @@ def lambda_resnet(run: str) -> list[list[Tile]]:
   lambdas = explanation["lambdas"]
   norms = lambdas[max(lambdas, key=lambda name: (lambdas[name].size, name))]
   scaled = [(x - x.min()) / max(float(x.max() - x.min()), 1e-9) for x in norms]
-  colors = [np.rint(255 * colormaps["viridis"](x)[..., :3]).astype(np.uint8) for x in scaled]
-  return [digits, [Tile(color) for color in colors]]
+  maps = [heat_map(digit.pixels, x) for digit, x in zip(digits, scaled, strict=True)]
+  return [digits, [Tile(pixels) for pixels in maps]]
 
 
 def igpt(run: str) -> list[list[Tile]]:
@@ -189,8 +182,8 @@ def detr(run: str) -> list[list[Tile]]:
     names = _names(found, confident, trained.task.class_names)
     rows[0].append(Tile(image, names, _boxes(found, confident)))
     best = np.argmax(found["scores"], keepdims=True)
-    shaded = shade(image, found["attention"][best[0]], minimum=0.15)
-    rows[1].append(Tile(shaded, "", _boxes(found, best)))
+    attention = found["attention"][best[0]]
+    rows[1].append(Tile(heat_map(image, attention / attention.max()), "", _boxes(found, best)))
   return rows
 
 

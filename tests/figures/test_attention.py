@@ -14,6 +14,7 @@ from vit_jax_zoo.figures.attention import (
   position_similarity,
   principal_filters,
 )
+from vit_jax_zoo.figures.canvas import heat_map
 
 
 def test_grid_size_mismatch_raises():
@@ -31,18 +32,20 @@ def test_similarity_is_cosine_of_patches():
 
 
 @pytest.mark.parametrize(("side", "channels"), [(8, 1), (80, 3)])
-def test_attended_positions_bright(side, channels):
+def test_attention_is_a_heat_map_over_the_image(side, channels):
   images = np.full((2, side, side, channels), 200, np.uint8)
   maps = np.zeros((2, 2, 2), np.float32)
   maps[:, 0, 1] = 0.3  # scaled to the maximum: full brightness
   figure = draw_attention(images, maps, ["7", "1"], subtitle="class token")
   assert isinstance(figure, Figure)
   assert [text.get_text() for text in figure.texts] == ["Attention", "class token"]
-  assert [ax.get_xlabel() for ax in figure.axes] == ["", "", "7", "1"]
-  above, below = (figure.axes[i].images[0].get_array() for i in (0, 2))
+  assert [ax.get_xlabel() for ax in figure.axes] == ["", "7", "", "1", ""]
+  above, below = (figure.axes[i].images[0].get_array() for i in (0, 1))
   assert np.all(above == 200)
-  assert np.all(below[0, -1] == 200)
-  assert np.all(below[-1, 0] == 0)
+  np.testing.assert_array_equal(below, heat_map(images[0], maps[0] / 0.3))
+  bar = figure.axes[-1]
+  assert [text.get_text() for text in bar.get_yticklabels()] == ["0", "largest"]
+  assert bar.get_ylabel() == "attention"
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
@@ -53,8 +56,19 @@ def test_images_aligned_with_title(count):
   title = figure.texts[0].get_position()[0] * figure.get_figwidth()
   assert inches[0] == pytest.approx(title, abs=0.02)
   assert figure.axes[-1].get_position().x1 <= 1
-  steps = np.diff(inches[:count])
-  np.testing.assert_allclose(steps, 1.47, atol=0.05)  # independent of the figure's width
+  if count == 1:  # side by side
+    assert inches[1] > inches[0]
+  else:
+    np.testing.assert_allclose(np.diff(inches[:-1:2]), 1.7, atol=0.05)
+
+
+def test_one_image_keeps_its_size_and_shape():
+  photo = np.zeros((300, 450, 3), np.uint8)
+  figure = draw_attention(photo[None], np.ones((1, 2, 3), np.float32))
+  figure.draw_without_rendering()
+  for ax in figure.axes[:2]:
+    extent = ax.get_window_extent()
+    np.testing.assert_allclose([extent.width, extent.height], [450, 300], atol=1)
 
 
 def test_no_image_raises():

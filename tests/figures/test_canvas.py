@@ -72,5 +72,5 @@ def test_long_captions_do_not_overlap():
     np.repeat(IMAGE[None], 3, axis=0), np.ones((3, 2, 2), np.float32), [long] * 3
   )
   render(figure)
-  captions = [ax.xaxis.label.get_window_extent() for ax in figure.axes[3:]]
+  captions = [ax.xaxis.label.get_window_extent() for ax in figure.axes[1:-1:2]]
   assert all(left.x1 < right.x0 for left, right in itertools.pairwise(captions))

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 from jaxtyping import Float, Num
 from matplotlib.axes import Axes
@@ -12,7 +11,15 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from vit_jax_zoo.errors import shorten
-from vit_jax_zoo.figures.canvas import MARGIN, SMALL, add_axes, chart, show_image, write_title
+from vit_jax_zoo.figures.canvas import (
+  MARGIN,
+  add_axes,
+  add_color_bar,
+  chart,
+  heat_map,
+  show_image,
+  write_title,
+)  # fmt: skip
 
 MAX_LAYERS = 12
 COLUMNS = 7  # of the ViT paper's figure 7, which has 28 components
@@ -63,26 +70,31 @@ def draw_attention(
   *,
   subtitle: str = "",
 ) -> Figure:
-  """Draws up to 8 images, and below each the image weighted by attention (ViT paper, figure 6)."""
+  """Draws up to 8 images, with attention as a heat map over each (as ViT paper, figure 6)."""
   shown = min(len(images), 8)
   if not shown:
     raise ValueError("images: none; expected at least one")
-  across = 1.45 * shown  # inches
-  width = max(across + 2 * MARGIN, 4.5)  # room for the subtitle above a single image
-  figure = Figure(figsize=(width, 4.2), dpi=110)
-  axes = figure.subplots(2, shown, squeeze=False)
-  edges = {"left": MARGIN / width, "right": (MARGIN + across) / width, "top": 0.8, "bottom": 0.09}
-  figure.subplots_adjust(**edges, wspace=0.08, hspace=0.08)
+  height, width = images.shape[1:3]
+  cell = 1.6 if shown > 1 else float(np.clip(width / 110, 2.4, 5.5))  # one image at its own size
+  sides = (cell, cell * float(np.clip(height / width, 0.4, 1.6)))
+  rows, columns, gap, below = (2, shown, 0.1, 0.35) if shown > 1 else (1, 2, 0.1, 0.35)
+  across, down = columns * (cell + gap), rows * (sides[1] + gap)
+  figure = Figure(figsize=(max(across + 2 * MARGIN + 0.75, 5.4), down + 0.75 + below), dpi=110)
   write_title(figure, "Attention", subtitle)
-  height_width = images.shape[1:3]
-  method = cv2.INTER_NEAREST if max(height_width) < SMALL else cv2.INTER_LINEAR
+
+  def cells(row: int, column: int) -> Axes:
+    left, top = MARGIN + column * (cell + gap), below + (rows - 1 - row) * (sides[1] + gap)
+    return add_axes(figure, left, top, *sides)
+
   for i in range(shown):
-    light = np.asarray(maps[i] / max(float(maps[i].max()), 1e-12), np.float32)
-    light = cv2.resize(light, height_width[::-1], interpolation=method)
-    show_image(axes[0, i], images[i])
-    show_image(axes[1, i], images[i] * light[..., None])
-  for ax, caption in zip(axes[1], captions, strict=False):
-    ax.set_xlabel(shorten(caption, 19 if shown > 1 else 60), fontsize=9, labelpad=4)
+    image_ax, map_ax = (cells(0, i), cells(1, i)) if shown > 1 else (cells(0, 0), cells(0, 1))
+    show_image(image_ax, images[i])
+    show_image(map_ax, heat_map(images[i], maps[i] / max(float(maps[i].max()), 1e-12)))
+    if i < len(captions):
+      lowest = map_ax if shown > 1 else image_ax
+      lowest.set_xlabel(shorten(captions[i], 19 if shown > 1 else 40), fontsize=9, labelpad=4)
+  bar = add_axes(figure, MARGIN + across, below, 0.12, sides[1])
+  add_color_bar(figure, "attention", ("0", "largest"), cax=bar)
   return figure
 
 

@@ -1,11 +1,15 @@
 """Titles, axes, images and rendering shared by all figures."""
 
 import warnings
+from typing import Any
 
+import cv2
 import numpy as np
-from jaxtyping import Num, UInt8
+from jaxtyping import Float, Num, UInt8
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -14,6 +18,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 QUIET = "#555555"
 MARGIN = 0.3  # inches
 SMALL = 64  # pixels; smaller images are drawn without interpolation
+HEAT, OPACITY = "viridis", 0.55  # of heat maps
 
 
 def render(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
@@ -48,6 +53,26 @@ def show_image(ax: Axes, image: Num[np.ndarray, "h w c"], interpolation: str = "
   pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
   ax.imshow(pixels, interpolation="nearest" if max(pixels.shape[:2]) < SMALL else interpolation)
   hide_frame(ax)
+
+
+def heat_map(
+  image: Num[np.ndarray, "h w c"], values: Float[np.ndarray, "gh gw"]
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Returns the image, in [0, 255], in gray under a colour for each value, in [0, 1]."""
+  method = cv2.INTER_NEAREST if max(image.shape[:2]) < SMALL else cv2.INTER_CUBIC
+  scale = cv2.resize(np.asarray(values, np.float32), image.shape[1::-1], interpolation=method)
+  gray = 40 + 0.84 * np.asarray(image, np.float32).mean(axis=-1, keepdims=True)  # black is visible
+  color = 255 * colormaps[HEAT](np.clip(scale, 0, 1))[..., :3]
+  return np.clip(np.rint((1 - OPACITY) * gray + OPACITY * color), 0, 255).astype(np.uint8)
+
+
+def add_color_bar(figure: Figure, label: str, ticks: tuple[str, str], **place: Any) -> None:
+  """Draws the colours of `heat_map` with the lowest and highest value, in `cax` or beside `ax`."""
+  bar = figure.colorbar(ScalarMappable(cmap=HEAT), alpha=0.5 + OPACITY / 2, **place)
+  bar.set_ticks([0, 1], labels=ticks)
+  bar.set_label(label, fontsize=9, color=QUIET, labelpad=-16)
+  bar.ax.tick_params(labelsize=8.5, length=0)
+  bar.outline.set_visible(False)  # pyrefly: ignore[not-callable]
 
 
 def hide_frame(ax: Axes) -> None:

@@ -17,6 +17,7 @@ COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC
 DARK = ("#0072B2",)  # with white text
 STYLES = ("-", "--", ":")
 CELL = 3.2  # inches
+LABEL = 0.17  # height of a name in inches
 _MASK_OPACITY = 0.5
 
 
@@ -24,7 +25,7 @@ def draw_targets(batch: Mapping[str, Any], class_names: Sequence[str] = ()) -> F
   """Draws the first 8 images of a detection batch with their true boxes, without padding."""
   rows = real_rows(batch)[:8]
   columns = min(4, max(len(rows), 1))
-  figure, axes = grid(-(-len(rows) // columns), columns, "Training batch")
+  figure, axes = grid(-(-len(rows) // columns), columns, "Training batch", batch["image"])
   for ax, row in zip(axes.flat, rows, strict=False):
     _draw_targets(ax, batch, row, class_names)
   return figure
@@ -63,7 +64,7 @@ def draw_predictions(
 def _pairs(batch: Mapping[str, Any], title: str) -> tuple[Figure, list[tuple[int, Axes, Axes]]]:
   rows = real_rows(batch)[:4]
   columns = 2 if len(rows) < 2 else 4  # two images side by side
-  figure, axes = grid(-(-2 * len(rows) // columns), columns, title)
+  figure, axes = grid(-(-2 * len(rows) // columns), columns, title, batch["image"])
   cells = axes.ravel()
   return figure, list(zip(rows, cells[::2], cells[1::2], strict=False))
 
@@ -103,10 +104,13 @@ def to_shown(
   return np.tile(image.shape[1::-1] / np.asarray(batch["original_size"][row], np.float64)[::-1], 2)
 
 
-def grid(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
-  """Returns a figure with a title and its empty axes [rows columns]."""
-  rows = max(rows, 1)
-  figure = Figure(figsize=(CELL * columns, CELL * rows + 0.5), dpi=110, layout="constrained")
+def grid(
+  rows: int, columns: int, title: str, images: Num[np.ndarray, "b h w c"]
+) -> tuple[Figure, np.ndarray]:
+  """Returns a figure with a title and its empty axes [rows columns], as high as the images."""
+  rows, aspect = max(rows, 1), float(np.clip(images.shape[1] / images.shape[2], 0.4, 1.6))
+  size = (CELL * columns, (CELL * aspect + 0.3) * rows + 0.5)
+  figure = Figure(figsize=size, dpi=110, layout="constrained")
   figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
   axes = figure.subplots(rows, columns, squeeze=False)
   for ax in axes.flat:
@@ -126,20 +130,29 @@ def draw_boxes(
   names: Sequence[str],
   labels: Int[np.ndarray, " n"],
 ) -> None:
-  """Draws boxes with their names in the color and line style of their class."""
+  """Draws boxes with their names, which do not overlap, in the color and style of their class."""
   outline: list[patheffects.AbstractPathEffect] = [
     patheffects.withStroke(linewidth=3.2, foreground="black", alpha=0.55)
   ]
+  figure, place = ax.get_figure(root=True), ax.get_gridspec()
+  rows = figure.get_figheight() / place.nrows if figure and place else CELL
+  line = abs(np.subtract(*ax.get_ylim())) * LABEL / rows  # height of a name, in pixels
+  taken: list[tuple[float, float, float]] = []
   for (left, top, right, bottom), name, label in zip(boxes_xyxy, names, labels, strict=True):
     color = COLORS[label % len(COLORS)]
     style = STYLES[label // len(COLORS) % len(STYLES)]
     box = Rectangle((left, top), right - left, bottom - top, fill=False, ec=color, ls=style, lw=1.8)
     box.set_path_effects(outline)
     ax.add_patch(box)
-    frame = {"boxstyle": "square,pad=0.15", "fc": color, "ec": "none", "alpha": 0.85}
-    style = {"color": "white" if color in DARK else "black", "bbox": frame, "fontsize": 7}
-    offset = {"textcoords": "offset points", "va": "top", "annotation_clip": False}
-    ax.annotate(name, (left, top), (1, -1), **offset, **style)
+    if name:
+      frame = {"boxstyle": "square,pad=0.15", "fc": color, "ec": "none", "alpha": 0.85}
+      text_color = "white" if color in DARK else "black"
+      bottom = max(top, line)
+      right = left + 0.5 * line * len(name)
+      while any(abs(bottom - y) < line and left < x2 and x1 < right for x1, x2, y in taken):
+        bottom += line
+      taken.append((left, right, bottom))
+      ax.text(left, bottom, name, va="bottom", fontsize=8, color=text_color, bbox=frame)
 
 
 def draw_masks(

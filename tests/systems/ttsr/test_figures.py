@@ -37,9 +37,11 @@ def example(count=2):
 def test_results_figure_has_one_row_per_example():
   batch, predictions = example()
   figure = draw_results(batch, predictions)
-  assert len(figure.axes) == 2 * len(COLUMNS)
+  assert len(figure.axes) == 2 * len(COLUMNS) + 1  # and a colour bar
   assert [ax.get_title() for ax in figure.axes[: len(COLUMNS)]] == list(COLUMNS)
-  low_res, _, ours, wrong, truth, reference, position_map, confidence = figure.axes[: len(COLUMNS)]
+  row = dict(zip(COLUMNS, figure.axes, strict=False))
+  low_res, ours, reference, truth = (row[name] for name in ("input", "TTSR", "reference", "truth"))
+  wrong, positions, matched, similarity = (row[name] for name in COLUMNS[5:])
   np.testing.assert_array_equal(low_res.images[0].get_array(), batch["low_res_image"][0])
   np.testing.assert_array_equal(ours.images[0].get_array(), predictions["image"][0])
   np.testing.assert_array_equal(truth.images[0].get_array(), batch["image"][0])
@@ -48,17 +50,31 @@ def test_results_figure_has_one_row_per_example():
   )
   for ax, name in ((ours, "image"), (wrong, "wrong_reference_image")):
     assert ax.get_xlabel() == f"{psnr_y(predictions[name][0], batch['image'][0]):.2f} dB"
-  assert reference.images[0].get_array().shape == (16, 32, 3)
+  np.testing.assert_array_equal(reference.images[0].get_array(), batch["ref_image"][0])
+  assert positions.images[0].get_array().shape == (16, 32, 3)
+  assert ours.get_xlim() == reference.get_xlim() == (-0.5, 31.5)  # one scale
+  assert ours.get_ylim() == reference.get_ylim() == (19.5, -0.5)
   expected = position_colors(predictions["hard_attention"][0], (4, 8))
-  np.testing.assert_array_equal(position_map.images[0].get_array(), expected)
-  np.testing.assert_array_equal(confidence.images[0].get_array(), predictions["soft_attention"][0])
+  np.testing.assert_array_equal(matched.images[0].get_array(), expected)
+  np.testing.assert_array_equal(similarity.images[0].get_array(), predictions["soft_attention"][0])
+  assert similarity.images[0].get_clim() == (0, 1)
   assert pyplot.get_fignums() == []
+
+
+def test_best_decibels_are_bold():
+  batch, predictions = example(1)
+  predictions["image"] = batch["upsampled_image"] // 2  # worse than bicubic on most
+  predictions["wrong_reference_image"] = batch["image"].copy()
+  predictions["wrong_reference_image"][0, 0, 0] = 0
+  row = dict(zip(COLUMNS, draw_results(batch, predictions).axes, strict=False))
+  weights = {name: row[name].xaxis.label.get_fontweight() for name in COLUMNS}
+  assert [name for name, weight in weights.items() if weight == "bold"] == ["wrong reference"]
 
 
 def test_results_figure_omits_missing_columns():
   batch, predictions = example(1)
   del batch["image"], predictions["wrong_reference_image"]
-  titles = [ax.get_title() for ax in draw_results(batch, predictions).axes]
+  titles = [ax.get_title() for ax in draw_results(batch, predictions).axes][:-1]
   assert titles == [name for name in COLUMNS if name not in ("truth", "wrong reference")]
 
 
@@ -75,7 +91,6 @@ def test_batch_figure_shows_all_images():
 def test_results_figure_crops_padding():
   batch, predictions = example()
   figure = draw_results({**batch, "size": np.full((2, 2), (12, 16))}, predictions)
-  assert len(figure.axes) == 2 * len(COLUMNS)
   assert figure.axes[4].images[0].get_array().shape == (12, 16, 3)
   assert figure.axes[0].images[0].get_array().shape == (3, 4, 3)
 

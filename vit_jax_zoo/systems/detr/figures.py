@@ -10,8 +10,9 @@ from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vit_jax_zoo.errors import name_of
+from vit_jax_zoo.errors import name_of, shorten
 from vit_jax_zoo.figures import detection as draw
+from vit_jax_zoo.figures.canvas import add_color_bar, heat_map
 from vit_jax_zoo.systems.detr.panoptic import Segmentation
 
 _OPACITY = 0.55
@@ -26,7 +27,8 @@ def draw_segments(
 ) -> Figure:
   """Draws images, uint8 [h w 3] of any sizes, with their true and their predicted segments."""
   columns = 2 if len(images) < 2 else 4  # two images side by side
-  figure, axes = draw.grid(-(-2 * len(images) // columns), columns, "True and predicted segments")
+  rows, title = -(-2 * len(images) // columns), "True and predicted segments"
+  figure, axes = draw.grid(rows, columns, title, images[0][None])
   cells = iter(axes.flat)
   for image, truth, segments in zip(images, truths, predicted, strict=True):
     for given, what in ((truth, "truth"), (segments, "predicted")):
@@ -72,7 +74,7 @@ def draw_query_attention(
   rows = draw.real_rows(batch)[:MAX_IMAGES]
   drawn = [_best(np.asarray(predictions["scores"][row]), threshold) for row in rows]
   columns = 1 + max(map(len, drawn), default=0)
-  figure, axes = draw.grid(len(rows), columns, "Attention maps of the queries")
+  figure, axes = draw.grid(len(rows), columns, "Attention of the queries", batch["image"])
   for index, (row, best) in enumerate(zip(rows, drawn, strict=True)):
     image = draw.image_of(batch, row)
     scale = draw.to_shown(batch, row, image)
@@ -85,10 +87,12 @@ def draw_query_attention(
     for column, query in enumerate(best):
       ax = axes[index, 1 + column]
       padded = np.asarray(batch["image"]).shape[1:3]
-      draw.show(ax, _shade(image, np.asarray(predictions["attention"][row][query]), padded))
+      draw.show(ax, _overlaid(image, np.asarray(predictions["attention"][row][query]), padded))
       one = slice(column, column + 1)
-      draw.draw_boxes(ax, boxes[one], names[one], labels[one])
-      ax.set_title(f"query {query}: {scores[query]:.0%}", fontsize=8.5, loc="left")
+      draw.draw_boxes(ax, boxes[one], [""], labels[one])
+      title = f"{shorten(names[column], 20)} {scores[query]:.0%}, query {query}"
+      ax.set_title(title, fontsize=9, loc="left")
+  add_color_bar(figure, "attention", ("0", "largest"), ax=axes, shrink=0.7, aspect=30)
   return figure
 
 
@@ -97,8 +101,7 @@ def _best(scores: np.ndarray, threshold: float) -> Int[np.ndarray, " s"]:
   return best[(scores[best] >= threshold) | (best == best[0])]
 
 
-def _shade(image: np.ndarray, attention: np.ndarray, padded: tuple[int, ...]) -> np.ndarray:
-  light = cv2.resize(attention.astype(np.float32), padded[::-1], interpolation=cv2.INTER_LINEAR)
-  light = light[: image.shape[0], : image.shape[1]]
-  light = light / max(float(light.max()), 1e-9)
-  return (image * (0.15 + 0.85 * light[..., None])).astype(np.uint8)
+def _overlaid(image: np.ndarray, attention: np.ndarray, padded: tuple[int, ...]) -> np.ndarray:
+  values = cv2.resize(attention.astype(np.float32), padded[::-1], interpolation=cv2.INTER_LINEAR)
+  values = values[: image.shape[0], : image.shape[1]]
+  return heat_map(image, values / max(float(values.max()), 1e-9))

@@ -110,7 +110,7 @@ class DetectionPredictor:
       for label, score in zip(labels, found["scores"][0][selected], strict=True)
     ]
     title = f"{len(selected)} detections, score {self._options.threshold:.0%} or more"
-    figure, axes = draw.grid(1, 1, title)
+    figure, axes = draw.grid(1, 1, title, image[None])
     figure.set_size_inches(7, 0.5 + 7 * image.shape[0] / image.shape[1])
     draw.show(axes[0, 0], image)
     boxes = _inside(found["boxes_xyxy"][0][selected], image)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from vit_jax_zoo.errors import name_of
-from vit_jax_zoo.figures.canvas import QUIET
+from vit_jax_zoo.figures.canvas import QUIET, add_color_bar, heat_map
 from vit_jax_zoo.figures.detection import COLORS, image_of, real_rows, show
 from vit_jax_zoo.ops.images import pad_images
 from vit_jax_zoo.tasks import base
@@ -192,7 +192,7 @@ def target_centers(batch: base.Batch) -> Float[Array, "b 2"]:
 
 
 def draw_attention(explanation: Mapping[str, Any], level_names: Sequence[str]) -> Figure:
-  """Draws the result of `explain_attention`, numpy arrays: images with the query, and maps."""
+  """Draws the result of `explain_attention`, numpy arrays: images with the query, and heat maps."""
   sizes = zip(level_names, explanation["sizes"], strict=True)
   levels = [f"{name}: {height}x{width}" for name, (height, width) in sizes]
   keys = sorted(explanation["levels"], key=lambda key: (len(key.split()), key))
@@ -205,5 +205,8 @@ def draw_attention(explanation: Mapping[str, Any], level_names: Sequence[str]) -
     axes[0].plot(x, y, "o", mfc="none", mec="k", mew=3, ms=10)
     axes[0].plot(x, y, "o", mfc="none", mec="w", ms=10)
     for ax, key in zip(axes[1:], keys, strict=True):
-      ax.imshow(explanation["levels"][key][row], cmap="viridis", vmin=0, interpolation="nearest")
+      weights = explanation["levels"][key][row]
+      show(ax, heat_map(images[row], weights / max(float(weights.max()), 1e-12)))
+  figure.suptitle("Attention at the ring", x=0.01, ha="left", fontsize=12, weight="bold")
+  add_color_bar(figure, "attention", ("0", "largest"), ax=np.array(grid), shrink=0.7, aspect=30)
   return figure

@@ -55,7 +55,7 @@ class InstancePredictor:
     ]
     captions = [f"{name_of(i, names)} {score:.0%}" for i, score in zip(labels, scores, strict=True)]
     title = f"{len(boxes)} predicted at {self._options.threshold:.0%} or more"
-    figure, axes = draw.grid(1, 1, title)
+    figure, axes = draw.grid(1, 1, title, image[None])
     figure.set_size_inches(7, 0.5 + 7 * image.shape[0] / image.shape[1])
     draw.show(axes[0, 0], image)
     draw.draw_boxes(axes[0, 0], boxes[::-1], captions[::-1], labels[::-1])  # the best on top

@@ -8,17 +8,18 @@ from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vit_jax_zoo.figures.canvas import QUIET, hide_frame, show_image
+from vit_jax_zoo.figures.canvas import HEAT, QUIET, add_color_bar, hide_frame, show_image
 from vit_jax_zoo.systems.ttsr.psnr_ssim import psnr_y
 
 CELL = 2.1  # inches
 MAX_IMAGES = 4
-COLUMNS = (  # "wrong reference" and "truth" are optional
-  "small", "bicubic", "ours", "wrong reference", "truth", "reference", "source", "confidence"
+COLUMNS = (  # "truth" and "wrong reference" are optional
+  "input", "bicubic", "TTSR", "reference", "truth", "wrong reference",
+  "positions", "matched positions", "similarity",
 )  # fmt: skip
 
 BATCH_COLUMNS = {  # of a training batch: title -> key
-  "small": "low_res_image",
+  "input": "low_res_image",
   "bicubic": "upsampled_image",
   "truth": "image",
   "reference": "ref_image",
@@ -34,16 +35,18 @@ def draw_results(
 ) -> Figure:
   """Draws a row of images for each of the first examples, in the columns `COLUMNS`.
 
-  "source" colours each cell of the input by the position of its match in the reference, whose
-  colours "reference" shows. "confidence" is the soft attention, scaled to its range in the image.
-  Batch and predictions are those of the task; `image`, `size` and `blurred_ref_image` of the batch
-  are optional.
+  All images but the input have one scale. "matched positions" colours each cell of the input by the
+  position of its match in the reference; "positions" shows the colours there. "similarity" is the
+  soft attention, from 0 to 1. Batch and predictions are those of the task; `image`, `size` and
+  `blurred_ref_image` of the batch are optional.
   """
   there = {"truth": "image" in batch, "wrong reference": "wrong_reference_image" in predictions}
   columns = [name for name in COLUMNS if there.get(name, True)]
   figure, rows = _grid(batch, columns, title)
   for i, row in enumerate(rows):
     _draw_row(row, batch, predictions, i)
+  last = [row["similarity"] for row in rows]
+  add_color_bar(figure, "", ("0", "1"), ax=last, panchor=False)
   return figure
 
 
@@ -53,7 +56,7 @@ def draw_batch(batch: Mapping[str, Any]) -> Figure:
   for i, row in enumerate(rows):
     for name, key in BATCH_COLUMNS.items():
       picture = np.asarray(batch[key][i])
-      show_image(row[name], picture, "nearest" if name == "small" else "auto")
+      show_image(row[name], picture, "nearest" if name == "input" else "auto")
       row[name].set_xlabel(f"{picture.shape[1]} × {picture.shape[0]}", fontsize=9)
   return figure
 
@@ -73,28 +76,32 @@ def _draw_row(
   cells = slice(0, -(-height // 4)), slice(0, -(-width // 4))
   large = {
     "bicubic": batch["upsampled_image"],
-    "ours": predictions["image"],
+    "TTSR": predictions["image"],
     "wrong reference": predictions.get("wrong_reference_image"),
     "truth": batch.get("image"),
   }
   shown = {k: np.asarray(x[i])[:height, :width] for k, x in large.items() if x is not None}
-  for name, image in shown.items():
-    show_image(axes[name], image)
-    if name != "truth" and "truth" in shown:
-      weight = "bold" if name == "ours" else "normal"
-      decibels = psnr_y(image, shown["truth"])
-      axes[name].set_xlabel(f"{decibels:.2f} dB", fontsize=9, weight=weight)
-  show_image(axes["small"], np.asarray(batch["low_res_image"][i])[cells], "nearest")
   reference = np.asarray(batch["ref_image"][i])
   grid = reference.shape[0] // 4, reference.shape[1] // 4
   key = position_colors(np.arange(grid[0] * grid[1]).reshape(grid), grid)
-  show_image(axes["reference"], _tinted(reference, key))
+  shown |= {"reference": reference, "positions": _tinted(reference, key)}
+  largest = np.max([image.shape[:2] for image in shown.values()], axis=0)
+  for name, image in shown.items():
+    show_image(axes[name], image)
+    axes[name].set(xlim=(-0.5, largest[1] - 0.5), ylim=(largest[0] - 0.5, -0.5))
+  if "truth" in shown:
+    compared = [name for name in ("bicubic", "TTSR", "wrong reference") if name in shown]
+    decibels = {name: psnr_y(shown[name], shown["truth"]) for name in compared}
+    for name, value in decibels.items():
+      weight = "bold" if value == max(decibels.values()) else "normal"
+      axes[name].set_xlabel(f"{value:.2f} dB", fontsize=9, weight=weight)
+  show_image(axes["input"], np.asarray(batch["low_res_image"][i])[cells], "nearest")
   index, soft = (np.asarray(predictions[k][i])[cells] for k in ("hard_attention", "soft_attention"))
-  show_image(axes["source"], position_colors(index, grid), "nearest")
-  axes["confidence"].imshow(soft, cmap="cividis", interpolation="nearest")
+  show_image(axes["matched positions"], position_colors(index, grid), "nearest")
+  axes["similarity"].imshow(soft, cmap=HEAT, vmin=0, vmax=1, interpolation="nearest")
   used = len(np.unique(index)) / index.size
-  axes["source"].set_xlabel(f"{used:.0%} distinct patches", fontsize=9)
-  axes["confidence"].set_xlabel(f"{np.min(soft):.3f} to {np.max(soft):.3f}", fontsize=9)
+  axes["matched positions"].set_xlabel(f"{used:.0%} distinct patches", fontsize=9)
+  axes["similarity"].set_xlabel(f"{np.min(soft):.2f} to {np.max(soft):.2f}", fontsize=9)
 
 
 def _tinted(image: np.ndarray, colors: np.ndarray) -> Float[np.ndarray, "y x 3"]:

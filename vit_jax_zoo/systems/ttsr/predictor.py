@@ -86,7 +86,7 @@ class SuperResolutionPredictor:
     batch = {"low_res_image": image[None], "upsampled_image": upsampled[None]}
     batch["ref_image"] = self._reference[None]
     found = {"image": result[None], "hard_attention": index[None], "soft_attention": soft[None]}
-    figure = draw_results(batch, found, title="Source positions of the textures")
+    figure = draw_results(batch, found, title="Super-resolution, and where its textures are from")
     return Prediction(record, {"": result, "search": figure})
 
   @functools.cached_property

@@ -58,7 +58,7 @@ def draw_explanation(
   }
   of_model = {"filters": draw.draw_filters(explanation["filters"], principal=model.resnet is None)}
   if "positions" in explanation:
-    grid = model.token_grid(images.shape[1:3])
+    grid = explanation["rollout"].shape[1:]
     of_model["positions"] = draw.draw_position_similarity(explanation["positions"], grid)
   return of_images, of_model
 
