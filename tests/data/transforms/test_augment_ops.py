@@ -7,7 +7,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from vit_jax_zoo.data.sources.demo import read_photo
 from vit_jax_zoo.data.transforms import augment as ops
 
-FILL = (10, 128, 250)
+GREY = (128, 128, 128)
 
 
 def images():
@@ -72,10 +72,9 @@ def test_solarize_add_formula(image, addition):
   [
     (ops.brightness, ImageEnhance.Brightness),
     (ops.color, ImageEnhance.Color),
-    (ops.contrast, ImageEnhance.Contrast),
     (ops.sharpness, ImageEnhance.Sharpness),
   ],
-  ids=["brightness", "color", "contrast", "sharpness"],
+  ids=["brightness", "color", "sharpness"],
 )
 def test_enhancements_equal_pillow(image, function, kind, factor):
   np.testing.assert_array_equal(function(image, factor), enhanced(kind, image, factor))
@@ -87,30 +86,27 @@ def test_contrast_with_given_grey():
   np.testing.assert_array_equal(ops.contrast(image, 1.9, grey=196), [[[0, 13, 255]]])
 
 
-@pytest.mark.parametrize(
-  "resample", [ops.Resampling.NEAREST, ops.Resampling.BILINEAR, ops.Resampling.BICUBIC]
-)
 @pytest.mark.parametrize("degrees", [-30.0, 12.5, 27.0])
-def test_rotate_close_to_pillow(image, degrees, resample):
-  expected = Image.fromarray(image).rotate(degrees, resample, fillcolor=FILL)
-  turned = ops.rotate(image, degrees, FILL, resample)
+def test_rotate_close_to_pillow(image, degrees):
+  expected = Image.fromarray(image).rotate(degrees, Image.Resampling.NEAREST, fillcolor=GREY)
+  turned = ops.rotate(image, degrees)
   # Pillow rounds its matrix to 15 digits.
   assert np.mean(turned != np.asarray(expected)) < 2e-3
 
 
 def test_affine_integer_shift():
   image = CASES["noise"]
-  moved = ops.affine(image, (1, 0, 3, 0, 1, -2), FILL, ops.Resampling.NEAREST)
+  moved = ops.affine(image, (1, 0, 3, 0, 1, -2))
   expected = np.empty_like(image)
-  expected[:] = FILL
+  expected[:] = GREY
   expected[2:, :-3] = image[:-2, 3:]
   np.testing.assert_array_equal(moved, expected)
 
 
 def test_cutout_clipped_at_border():
   image = CASES["noise"]
-  cut = ops.cutout(image, (1, 18), 4, FILL)
+  cut = ops.cutout(image, (1, 18), 4)
   inside = np.zeros(image.shape[:2], bool)
   inside[0:5, 14:20] = True
   np.testing.assert_array_equal(cut[~inside], image[~inside])
-  assert (cut[inside] == FILL).all()
+  assert (cut[inside] == GREY).all()
