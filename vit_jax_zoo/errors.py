@@ -61,7 +61,7 @@ def _is_of(value: Any, hint: Any) -> bool:
   origin, inner = typing.get_origin(hint), typing.get_args(hint)
   if origin in (types.UnionType, typing.Union):
     return any(_is_of(value, each) for each in inner)
-  if origin in (tuple, Sequence):
+  if origin in (tuple, list, Sequence):
     return isinstance(value, tuple | list) and all(_is_of(x, inner[0]) for x in value)
   if hint in (int, float):
     kind = numbers.Integral if hint is int else numbers.Real
