@@ -141,7 +141,7 @@ def attend_parts(
     key = jnp.concatenate([key, *lengths], axis=-1)
     ones = jnp.ones((*query.shape[:-1], len(lengths)), query.dtype)
     query = jnp.concatenate([2 * query, -ones], axis=-1)
-  values = jnp.broadcast_to(value[:, None], (len(value), parts, *value.shape[1:]))
+  values = jnp.broadcast_to(value[:, None], (value.shape[0], parts, *value.shape[1:]))
   each = attend_fused(query * similarity.scale, key, values, interpret=interpret)
   return jnp.einsum("bpnc,bp->bnc", each, mixture.astype(each.dtype))
 
@@ -219,5 +219,5 @@ def _at_offset(
 ) -> Float[Array, "b h w c"]:
   start = (0, offset // window, offset % window, 0)
   sides = (padded.shape[1] - window + 1, padded.shape[2] - window + 1)
-  part = jax.lax.dynamic_slice(padded, start, (len(padded), *sides, padded.shape[-1]))
+  part = jax.lax.dynamic_slice(padded, start, (padded.shape[0], *sides, padded.shape[-1]))
   return resize_nearest(part, (size[0], size[1]))

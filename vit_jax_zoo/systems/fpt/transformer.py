@@ -87,7 +87,7 @@ class MixtureTransformer(nn.Module):
       _pointwise(self.width, self.dtype, use_bias=False, name=name)(source)
       for name, source in (("query", x), ("key", context), ("value", context))
     )
-    shape, flat = (self.num_parts, self.width), (len(x), -1, self.width)
+    shape, flat = (self.num_parts, self.width), (x.shape[0], -1, self.width)
     projection = self.param("mixture", pytorch_uniform(self.num_parts), shape, jnp.float32)
     mixture = mixture_weights(key.reshape(flat), projection)
     self.sow("intermediates", "mixture", mixture)
@@ -155,13 +155,13 @@ class OfficialSelfTransformer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w d"]:
-    flat = (len(x), -1, self.width)
+    flat = (x.shape[0], -1, self.width)
     query_key = _pointwise(self.width, self.dtype, name="query_key")  # one convolution for both
     pooled = average_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     query = query_key(x).reshape(flat)
     key = query_key(pooled).reshape(flat)
     value = _pointwise(self.width, self.dtype, name="value")(pooled).reshape(flat)
-    mixture = jnp.ones((len(x), 1), jnp.float32)
+    mixture = jnp.ones((x.shape[0], 1), jnp.float32)
     if self.num_parts > 1:
       shape = (self.num_parts, self.width)
       projection = self.param("mixture", pytorch_uniform(self.num_parts), shape, jnp.float32)
@@ -191,7 +191,7 @@ class OfficialGroundingTransformer(nn.Module):
   ) -> Float[Array, "b h w d"]:
     inner = self.width // 2
     value, query, key = (
-      _pointwise(inner, self.dtype, name=name)(source).reshape(len(x), -1, inner)
+      _pointwise(inner, self.dtype, name=name)(source).reshape(x.shape[0], -1, inner)
       for name, source in (("value", coarse), ("query", x), ("key", coarse))
     )
     # Linear in the weights: (q k^T) v = q (k^T v), without an attention map.
