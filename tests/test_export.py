@@ -91,6 +91,23 @@ def test_computed_positions_exported_as_table(kind, form, fields, tmp_path):
   assert loaded.class_names == (() if form == "npz" else ("ant", "bee", "cat"))
 
 
+@pytest.mark.parametrize(
+  ("fields", "architecture", "description"),
+  [
+    ({"width": 192, "depth": 12, "num_heads": 3, "patch_size": 16, "mlp_dim": 768}, "tiny", None),
+    ({"width": 192, "num_heads": 3, "patch_size": 16, "mlp_dim": 768}, "tiny", "depth 2"),
+    ({}, "base", "width 32, depth 2, num_heads 2, mlp_dim 32, patch_size 8"),
+  ],
+)
+def test_timm_config_states_other_sizes(fields, architecture, description, tmp_path):
+  export.write(tiny((16, 16), **fields), "safetensors-timm", str(tmp_path))
+  config = json.loads((tmp_path / "config.json").read_text())
+  name = f"vit_{architecture}_patch16_224"
+  assert config["architecture"] == name
+  stated = config["pretrained_cfg"].get("description")
+  assert stated == (description and f"{name} with {description}")
+
+
 def test_unsupported_fields_raise(tmp_path):
   with pytest.raises(WeightsError, match=r"activation='gelu' .*layer_norm_epsilon"):
     export.write(tiny(activation="gelu", layer_norm_epsilon=1e-12), "npz", str(tmp_path / "x"))

@@ -61,9 +61,14 @@ def _numbers(
 
 
 def write(
-  path: str, arrays: Flat, export: Export, architecture: str, arguments: Mapping[str, Any]
-) -> None:
-  """Writes a folder with `model.safetensors`, arrays by timm's keys, and `config.json`."""
+  path: str, arrays: Flat, export: Export, architecture: str, other_sizes: Mapping[str, Any],
+  arguments: Mapping[str, Any],
+) -> None:  # fmt: skip
+  """Writes a folder with `model.safetensors`, arrays by timm's keys, and `config.json`.
+
+  `architecture` is timm's name of the model that `arguments` turn into this one, and `other_sizes`
+  those that differ from its own; they are stated in the field `description`.
+  """
   preprocess, names = export.preprocess, list(export.class_names)
   num_classes = export.fields()["num_classes"] or 0
   fit = {ours: theirs for theirs, ours in _FITS.items()}.get(preprocess.fit)
@@ -73,12 +78,14 @@ def write(
       "config.json: timm has no preprocessing with %s, %s; the nearest one is written",
       preprocess.fit, preprocess.interpolation,
     )  # fmt: skip
+  others = ", ".join(f"{name} {value}" for name, value in other_sizes.items())
   config = {
     "architecture": architecture,
     "num_classes": num_classes,
     **({"label_names": names} if names else {}),
     "model_args": dict(arguments),
     "pretrained_cfg": {
+      **({"description": f"{architecture} with {others}"} if others else {}),
       "input_size": [preprocess.channels, *preprocess.image_size],
       "mean": preprocess.means,
       "std": preprocess.stds,

@@ -230,17 +230,17 @@ def write_checkpoint(path: str, export: Export) -> None:
     "no_embed_class": with_cls and not own_row,
     "global_pool": _POOLS[fields["pool"]],
   }
-  timm_config.write(path, arrays, export, _architecture(fields), arguments)
+  timm_config.write(path, arrays, export, *_architecture(fields), arguments)
 
 
 _SIZES = {
-  "tiny": (192, (16,)),
-  "small": (384, (16, 32)),
-  "base": (768, (8, 16, 32)),
-  "large": (1024, (14, 16, 32)),
-  "huge": (1280, (14,)),
+  "tiny": (192, 12, 3, (16,)),
+  "small": (384, 12, 6, (16, 32)),
+  "base": (768, 12, 12, (8, 16, 32)),
+  "large": (1024, 24, 16, (14, 16, 32)),
+  "huge": (1280, 32, 16, (14,)),
 }
-"""timm's name -> width, patch sizes; the arguments in config.json state all sizes again."""
+"""timm's name -> width, depth, heads, patch sizes; the MLPs have four times the width."""
 _HYBRIDS = {
   (): "vit_tiny_r_s16_p8_224",
   (2, 2, 2, 2): "vit_small_r26_s32_224",
@@ -250,14 +250,21 @@ _HYBRIDS = {
 """Stages of the ResNet, which no argument changes -> timm's model."""
 
 
-def _architecture(fields: Mapping[str, Any]) -> str:
+def _architecture(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+  """Returns the nearest of timm's models, and this model's sizes that it does not have."""
   if fields["resnet"] is None:
-    for name, (width, patches) in _SIZES.items():
-      if fields["width"] == width and fields["patch_size"] in patches:
-        return f"vit_{name}_patch{fields['patch_size']}_224"
-    return "vit_base_patch16_224"
-  stages = tuple(fields["resnet"]["stage_sizes"])
-  if stages not in _HYBRIDS:
-    known = ", ".join(map(str, _HYBRIDS))
-    raise WeightsError(f"stage_sizes: {stages}; expected a ResNet of timm's hybrids: {known}")
-  return _HYBRIDS[stages]
+    width, patch = fields["width"], fields["patch_size"]
+    names = (name for name, size in _SIZES.items() if size[0] == width and patch in size[3])
+    name = next(names, None)
+    architecture = f"vit_{name}_patch{patch}_224" if name else "vit_base_patch16_224"
+  else:
+    stages = tuple(fields["resnet"]["stage_sizes"])
+    if stages not in _HYBRIDS:
+      known = ", ".join(map(str, _HYBRIDS))
+      raise WeightsError(f"stage_sizes: {stages}; expected a ResNet of timm's hybrids: {known}")
+    architecture = _HYBRIDS[stages]
+  width, depth, heads, _ = _SIZES[architecture.split("_")[1]]
+  own = {"width": width, "depth": depth, "num_heads": heads, "mlp_dim": 4 * width}
+  if patch := re.search(r"patch(\d+)", architecture):
+    own["patch_size"] = int(patch[1])
+  return architecture, {key: fields[key] for key, value in own.items() if fields[key] != value}
