@@ -12,16 +12,14 @@
 | stablehlo        | folder: model.stablehlo, the whole program | any program with JAX     |
 
 Systems register further formats (`registry.Format`). If a format does not support a model, the
-error names the field. Models with several inputs (TTSR) cannot be written as StableHLO.
+error names the field. Models with several inputs (TTSR) cannot be written as StableHLO. Each
+export has a model card, README.md; `--push_to_hub=user/name` uploads it all.
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import flags, logging
@@ -29,22 +27,19 @@ from etils import epath
 
 from vit_jax_zoo import cli
 from vit_jax_zoo.errors import check_names
-from vit_jax_zoo.inference.load import load_pretrained, task_of
-from vit_jax_zoo.ops.images import normalize_images
+from vit_jax_zoo.inference import model_card
+from vit_jax_zoo.inference.load import load_pretrained
+from vit_jax_zoo.inference.programs import plain, write_stablehlo
 from vit_jax_zoo.registry import family_of, systems, variants
 from vit_jax_zoo.run_metadata import CONFIG_FILE, DATA_FILE
-from vit_jax_zoo.tasks import task_fields, tasks
-from vit_jax_zoo.weights import Preprocess, Pretrained
+from vit_jax_zoo.tasks import task_fields
+from vit_jax_zoo.weights import Pretrained, hub
 from vit_jax_zoo.weights.checkpoint import Export
-from vit_jax_zoo.weights.formats import writable_formats, write_checkpoint
+from vit_jax_zoo.weights.formats import writable_formats
 from vit_jax_zoo.weights.key_map import unroll
 from vit_jax_zoo.weights.load import flatten_variables
 
 FLAGS = flags.FLAGS
-
-PLATFORMS = ("cpu", "cuda", "tpu")
-STABLEHLO_FILE, STABLEHLO_NOTES = "model.stablehlo", "model.json"
-MAX_STABLEHLO = 2_000_000_000  # bytes; 2 GiB is the maximum size of a protocol buffer
 
 
 def define_flags() -> None:
@@ -53,6 +48,8 @@ def define_flags() -> None:
   flags.DEFINE_string("format", None, "output format; see the table above")
   flags.DEFINE_string("output", None, "output folder or file")
   flags.DEFINE_integer("image_size", None, "image size; position embeddings are interpolated")
+  flags.DEFINE_string("license", "unknown", "licence in the model card: apache-2.0, mit, ...")
+  flags.DEFINE_string("push_to_hub", None, "user/name: also uploads to the Hugging Face hub")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,8 +60,18 @@ def main(argv: Sequence[str]) -> int:
     if FLAGS[name].value is None:
       raise ValueError(f"--{name}: missing; see python -m vit_jax_zoo.export --help")
   options = {} if FLAGS.image_size is None else {"image_size": FLAGS.image_size}
-  write(load_pretrained(FLAGS.model, **options), FLAGS.format, FLAGS.output)
-  logging.info("%s written as %s: %s", FLAGS.model, FLAGS.format, FLAGS.output)
+  repository, output = FLAGS.push_to_hub or "", epath.Path(FLAGS.output)
+  if repository and repository.count("/") != 1:
+    raise ValueError(f"--push_to_hub: {repository!r}; expected user/name")
+  if repository and output.is_dir() and any(output.iterdir()):
+    wrong = f"--output: {output} has files; expected a new folder"
+    raise ValueError(f"{wrong}, all of which --push_to_hub uploads")
+  pretrained = load_pretrained(FLAGS.model, **options)
+  write(pretrained, FLAGS.format, FLAGS.output)
+  card = model_card.write(output, FLAGS.format, FLAGS.model, pretrained, FLAGS.license, repository)
+  logging.info("%s written as %s: %s, %s", FLAGS.model, FLAGS.format, output, card)
+  if repository:
+    logging.info("uploaded: %s", hub.push(repository, output, card))
   return 0
 
 
@@ -85,7 +92,7 @@ def write(pretrained: Pretrained, form: str, path: str) -> None:
   elif form == "stablehlo":
     write_stablehlo(pretrained, path)
   else:
-    write_checkpoint(path, form, export_of(pretrained))
+    writable_formats(family)[form].write_checkpoint(path, export_of(pretrained))
 
 
 def export_of(pretrained: Pretrained) -> Export:
@@ -122,119 +129,7 @@ def write_orbax(pretrained: Pretrained, family: str, path: str) -> None:
     "shapes": {"image": [*size, preprocess.channels]} if size and preprocess.has_fixed_size else {},
   }
   for file, content in ((CONFIG_FILE, config), (DATA_FILE, data)):
-    (folder / file).write_text(json.dumps(_plain(content), indent=1) + "\n")
-
-
-def _plain(value: Any) -> Any:
-  if isinstance(value, Mapping):
-    return {key: _plain(item) for key, item in value.items()}
-  if isinstance(value, str | int | float | None):
-    return value
-  return [_plain(v) for v in value] if isinstance(value, list | tuple) else np.dtype(value).name
-
-
-def write_stablehlo(pretrained: Pretrained, path: str) -> None:
-  """Writes the model as a program for any batch size, with weights and normalisation.
-
-  `jax.export.deserialize(content).call(images)` takes float32 [b h w c] in [0, 255]; a detector's
-  also `image_size` int32 [b 2], height and width without the padding, and returns detections.
-  `model.json` has the shapes, and the preprocessing before the call.
-  """
-  size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(pretrained.variables))
-  if size > MAX_STABLEHLO:
-    raise ValueError(f"weights: {size / 1e9:.1f} GB; expected at most 2. Use --format=orbax")
-  preprocess = pretrained.preprocess
-  is_detector = bool(pretrained.task) and tasks()[pretrained.task].predicts_boxes
-  height, width = _program_size(pretrained)
-  (batch,), channels = jax.export.symbolic_shape("b"), preprocess.channels
-  arguments = [jax.ShapeDtypeStruct((batch, height, width, channels), jnp.float32)]
-  if is_detector:
-    arguments.append(jax.ShapeDtypeStruct((batch, 2), jnp.int32))
-  program = _detector(pretrained) if is_detector else _program(pretrained)
-  exported = jax.export.export(jax.jit(program), platforms=PLATFORMS)(*arguments)
-  folder = epath.Path(path)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / STABLEHLO_FILE).write_bytes(bytes(exported.serialize()))
-  leaves = exported.out_tree.unflatten(exported.out_avals)
-  outputs = {
-    jax.tree_util.keystr(key, simple=True, separator="/"): [*map(str, leaf.shape), leaf.dtype.name]
-    for key, leaf in jax.tree_util.tree_leaves_with_path(leaves)
-  }
-  notes = {
-    "images": ["b", str(height), str(width), str(channels), "float32 in [0, 255]"],
-    "outputs": outputs,
-    "platforms": list(PLATFORMS),
-    "class_names": list(pretrained.class_names),
-    "preprocess": _plain(dataclasses.asdict(preprocess)),
-    "steps": _steps(preprocess, (height, width), is_detector=is_detector),
-  }
-  if is_detector:
-    notes["image_size"] = ["b", "2", "int32, height and width without the padding"]
-  (folder / STABLEHLO_NOTES).write_text(json.dumps(notes, indent=1) + "\n")
-
-
-def _program_size(pretrained: Pretrained) -> tuple[int, int]:
-  """Returns height and width of the program's images, the largest that preprocessing returns."""
-  preprocess = pretrained.preprocess
-  if preprocess.pad_size:
-    return preprocess.pad_size
-  if preprocess.fit == "shorter_side" and preprocess.max_side:
-    side = -(-preprocess.max_side // 32) * 32  # rounding may exceed `max_side`
-    return side, side
-  height, width = pretrained.config.get("image_size") or preprocess.image_size
-  return height, width
-
-
-def _steps(preprocess: Preprocess, size: tuple[int, int], *, is_detector: bool) -> list[str]:
-  (height, width), (rows, columns) = preprocess.image_size, preprocess.uncropped_size
-  limit = f", the longer at most {preprocess.max_side}" if preprocess.max_side else ""
-  crop = f" and crop the centre, {height} x {width}"
-  goal = f"the shorter side to {rows}" if rows == columns else f"to cover {rows} x {columns}"
-  resize = {
-    "none": "do not resize",
-    "squash": f"resize to {rows} x {columns}{crop if rows > height or columns > width else ''}",
-    "inside": f"resize with the aspect ratio kept to the largest size inside of {height} x {width}",
-    "shorter_side": f"resize with the aspect ratio kept, the shorter side to {height}{limit}",
-    "crop": f"resize with the aspect ratio kept, {goal}{crop}",
-  }[preprocess.fit]
-  name = preprocess.interpolation.removeprefix("tf_")
-  library = "Pillow" if name == preprocess.interpolation else "TensorFlow"
-  filters = {"opencv": "OpenCV's bilinear filter, antialiased"}
-  steps = [f"{resize}, with {filters.get(name, f'the {name} filter of {library}')}"]
-  if is_detector:
-    steps.append(f"pad at the right and bottom to {size[0]} x {size[1]}, with any value")
-  return [
-    *steps,
-    f"in the program: image / 255, minus mean {preprocess.means}, divided by std {preprocess.stds}",
-    *(["boxes_xyxy: in pixels of the resized image without its padding"] if is_detector else []),
-  ]
-
-
-def _program(pretrained: Pretrained) -> Any:
-  model, preprocess = pretrained.model, pretrained.preprocess
-  variables = jax.tree.map(jnp.asarray, pretrained.variables)
-
-  def program(images: Any) -> Any:
-    return model.apply(variables, normalize_images(images, preprocess.mean, preprocess.std))
-
-  return program
-
-
-def _detector(pretrained: Pretrained) -> Any:
-  task = task_of(pretrained)
-  if not pretrained.preprocess.pad_size:  # otherwise the model was trained with this padding
-    task = task.padding_invariant()
-  variables = jax.tree.map(jnp.asarray, pretrained.variables)
-
-  def detect(example: dict[str, Any]) -> Any:
-    batch = jax.tree.map(lambda x: x[None], example)
-    return jax.tree.map(lambda x: x[0], task.predict(variables, batch))
-
-  def program(images: Any, image_size: Any) -> Any:
-    # One image at a time: R-CNN needs static shapes, and the batch size is symbolic here.
-    return jax.lax.map(detect, {"image": images, "image_size": image_size})
-
-  return program
+    (folder / file).write_text(json.dumps(plain(content), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ class Task(abc.ABC):
   """A learning problem, from batch to score. Subclasses are frozen dataclasses of plain fields."""
 
   name: ClassVar[str] = ""  # the name under which the task is registered
+  hub_task: ClassVar[str | None] = None  # `pipeline_tag` of model cards on the Hugging Face hub
   keeps_aspect_ratio: ClassVar[bool] = False  # images are resized by their shorter side, and padded
   predicts_boxes: ClassVar[bool] = False  # `predict` reads `image_size` and returns boxes
 

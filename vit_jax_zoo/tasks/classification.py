@@ -66,6 +66,7 @@ class Classification(base.Task):
   """
 
   name: ClassVar[str] = "classification"
+  hub_task: ClassVar[str | None] = "image-classification"
 
   model: base.Model  # `model(images, train=...)` returns a dict with "logits" [b k]
   num_classes: int

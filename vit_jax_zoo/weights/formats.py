@@ -11,9 +11,8 @@ A system registers its formats (`registry.Format`). A format's module has three 
 import functools
 from types import ModuleType
 
-from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.registry import Format, load_reference, systems
-from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
+from vit_jax_zoo.weights.checkpoint import Checkpoint
 from vit_jax_zoo.weights.key_map import WeightsError
 from vit_jax_zoo.weights.readers import read_published
 
@@ -57,11 +56,3 @@ def writable_formats(family: str) -> dict[str, ModuleType]:
     for form, module in formats().items()
     if form.family == family and hasattr(module, "write_checkpoint")
   }
-
-
-def write_checkpoint(path: str, name: str, export: Export) -> None:
-  """Writes a model in a published format; ValueError if the format has no such model."""
-  known = writable_formats(export.family)
-  if name not in known:
-    raise ValueError(unknown_name(f"format of {export.family}", name, known))
-  known[name].write_checkpoint(path, export)

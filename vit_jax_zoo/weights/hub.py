@@ -1,4 +1,4 @@
-"""Resolves names to files, and downloads what is missing.
+"""Resolves names to files, downloads what is missing, and uploads exports.
 
 Downloads are stored in `~/.cache/vit_jax_zoo` or `$VIT_JAX_ZOO_CACHE`; those from the Hugging Face
 hub in its own cache. Not by pooch: it compares whole checksums, and publishers give only prefixes.
@@ -13,6 +13,7 @@ import time
 import urllib.parse
 import urllib.request
 from http.client import HTTPException
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -129,12 +130,34 @@ def _transfer(url: str, target: epath.Path) -> str:
   return digest.hexdigest()
 
 
-def _from_hub(name: str) -> str:
+def push(name: str, output: epath.Path, card: epath.Path) -> str:
+  """Uploads a folder, or a file and its card, to "user/name" on the Hugging Face hub.
+
+  Returns the commit's address. OSError, in one line and without the token, if that fails.
+  """
+  hub = _import_hub(f"--push_to_hub={name}: needs huggingface_hub")
   try:
-    hub = importlib.import_module("huggingface_hub")
+    api = hub.HfApi()
+    api.create_repo(name, exist_ok=True)
+    if output.is_dir():
+      return str(api.upload_folder(repo_id=name, folder_path=output))
+    api.upload_file(repo_id=name, path_or_fileobj=str(card), path_in_repo="README.md")
+    return str(api.upload_file(repo_id=name, path_or_fileobj=str(output), path_in_repo=output.name))
+  except Exception as error:  # its class depends on the network library
+    reason = " ".join(str(error).split()).replace(hub.get_token() or "\0", "<token>")
+    fix = "Log in by `hf auth login` or $HF_TOKEN, with a token that may write"
+    raise OSError(f"--push_to_hub={name}: {reason.rstrip('.')}. {fix}") from None
+
+
+def _import_hub(wrong: str) -> Any:
+  try:
+    return importlib.import_module("huggingface_hub")
   except ImportError:
-    wrong = f"{name}: no such file; for a model on Hugging Face's hub, pip install -e '.[hub]'"
-    raise ImportError(wrong) from None
+    raise ImportError(f"{wrong}; pip install -e '.[hub]'") from None
+
+
+def _from_hub(name: str) -> str:
+  hub = _import_hub(f"{name}: no such file; for a model on Hugging Face's hub")
   for patterns in _HUB_WEIGHTS:
     try:
       folder = hub.snapshot_download(name, allow_patterns=[*_HUB_JSON, *patterns])

@@ -60,15 +60,12 @@ def _numbers(
   return None if value is None else tuple(map(float, found))
 
 
-def write(
-  path: str, arrays: Flat, export: Export, architecture: str, other_sizes: Mapping[str, Any],
-  arguments: Mapping[str, Any],
-) -> None:  # fmt: skip
+def write(path: str, arrays: Flat, export: Export, base: tuple[str, Any], arguments: Any) -> None:
   """Writes a folder with `model.safetensors`, arrays by timm's keys, and `config.json`.
 
-  `architecture` is timm's name of the model that `arguments` turn into this one, and `other_sizes`
-  those that differ from its own; they are stated in the field `description`.
+  `base` is timm's name of the model that `arguments` turn into this one, and the sizes that differ.
   """
+  architecture, other_sizes = base
   preprocess, names = export.preprocess, list(export.class_names)
   num_classes = export.fields()["num_classes"] or 0
   fit = {ours: theirs for theirs, ours in _FITS.items()}.get(preprocess.fit)

@@ -32,7 +32,8 @@ def released(tmp_path_factory):
   params = jax.tree.map(lambda x: np.float32(rng.normal(0, 0.1, x.shape)), fresh)
   path = str(tmp_path_factory.mktemp("released") / "TTSR-rec.safetensors")
   flat = weights.load.flatten_variables({"params": params})
-  formats.write_checkpoint(path, "pt", Export("ttsr", TINY, unroll(flat), Preprocess((16, 16))))
+  exported = Export("ttsr", TINY, unroll(flat), Preprocess((16, 16)))
+  formats.writable_formats("ttsr")["pt"].write_checkpoint(path, exported)
   return path, params
 
 

@@ -55,9 +55,8 @@ def test_round_trip_is_exact(tmp_path, scan_layers):
     if prefix:
       variables["discriminator/score/kernel"] = np.zeros((2, 1), np.float32)
     path = str(tmp_path / "TTSR.safetensors")
-    formats.write_checkpoint(
-      path, "pt", Export("ttsr", pretrained.model, variables, pretrained.preprocess)
-    )
+    exported = Export("ttsr", pretrained.model, variables, pretrained.preprocess)
+    formats.writable_formats("ttsr")["pt"].write_checkpoint(path, exported)
     written, original = load_file(path), load_file(FILE)
     assert set(written) == {k for k in original if not k.startswith("LTE_copy.")}
     for key, array in written.items():

@@ -40,6 +40,7 @@ class Detection(base.Task):
   """
 
   name: ClassVar[str] = "detection"
+  hub_task: ClassVar[str | None] = "object-detection"
   predicts_boxes: ClassVar[bool] = True
 
   model: Any  # a `Detr`, or a module with its call, `num_queries` and `mask_head`

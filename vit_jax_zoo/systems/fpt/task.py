@@ -33,6 +33,7 @@ class SemanticSegmentation(base.Task):
   """
 
   name: ClassVar[str] = "semantic_segmentation"
+  hub_task: ClassVar[str | None] = "image-segmentation"
   keeps_aspect_ratio: ClassVar[bool] = True
 
   model: base.Model  # called as `model(images, train=...)`, see `segmentation.PyramidSegmenter`

@@ -41,6 +41,7 @@ class PixelModelling(base.Task):
   """
 
   name: ClassVar[str] = "pixel_modelling"
+  hub_task: ClassVar[str | None] = "unconditional-image-generation"
 
   model: Any  # an `ImageGPT`
   class_weight: float = 0.0  # of the label's loss; 0 for pre-training, 1 for fine-tuning (3.4)

@@ -129,7 +129,7 @@ def write_checkpoint(path: str, export: Export) -> None:
   arrays, others = write_flat(export.variables), dict(arguments)
   if (size := _size_of_tables(arrays)) is not None:
     arguments["img_size"] = list(size)
-  timm_config.write(path, arrays, export, name, others, arguments)
+  timm_config.write(path, arrays, export, (name, others), arguments)
 
 
 _ARGUMENTS = {"receptive_field": "r", "num_heads": "num_heads", "dim_k": "dim_head"}

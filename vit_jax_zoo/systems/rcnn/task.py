@@ -64,6 +64,7 @@ class InstanceDetection(base.Task):
   """
 
   name: ClassVar[str] = "instance_detection"
+  hub_task: ClassVar[str | None] = "object-detection"
   keeps_aspect_ratio: ClassVar[bool] = True
   predicts_boxes: ClassVar[bool] = True
 

@@ -47,6 +47,7 @@ class SuperResolution(base.Task):
   """
 
   name: ClassVar[str] = "super_resolution"
+  hub_task: ClassVar[str | None] = "image-to-image"
   _discriminator: ClassVar[base.Model] = losses.Discriminator()
   _vgg: ClassVar[base.Model] = losses.VGG19(("relu5_1",))
 

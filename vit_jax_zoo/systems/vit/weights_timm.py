@@ -230,7 +230,7 @@ def write_checkpoint(path: str, export: Export) -> None:
     "no_embed_class": with_cls and not own_row,
     "global_pool": _POOLS[fields["pool"]],
   }
-  timm_config.write(path, arrays, export, *_architecture(fields), arguments)
+  timm_config.write(path, arrays, export, _architecture(fields), arguments)
 
 
 _SIZES = {
@@ -254,9 +254,8 @@ def _architecture(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
   """Returns the nearest of timm's models, and this model's sizes that it does not have."""
   if fields["resnet"] is None:
     width, patch = fields["width"], fields["patch_size"]
-    names = (name for name, size in _SIZES.items() if size[0] == width and patch in size[3])
-    name = next(names, None)
-    architecture = f"vit_{name}_patch{patch}_224" if name else "vit_base_patch16_224"
+    fits = [name for name, size in _SIZES.items() if size[0] == width and patch in size[3]]
+    architecture = f"vit_{fits[0]}_patch{patch}_224" if fits else "vit_base_patch16_224"
   else:
     stages = tuple(fields["resnet"]["stage_sizes"])
     if stages not in _HYBRIDS:
