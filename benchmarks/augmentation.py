@@ -35,6 +35,8 @@ POLICIES = {
   "crop and flip": [],
   "+ RandAugment(2, 10)": [{"name": "rand_augment", "magnitude": 10}],
   "+ RandAugment(2, 15)": [{"name": "rand_augment", "magnitude": 15}],
+  "+ rand-m9-mstd0.5-inc1": [{"name": "timm_rand_augment"}],
+  "+ random erasing": [{"name": "random_erasing"}],
 }
 
 

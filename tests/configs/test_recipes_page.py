@@ -30,7 +30,7 @@ Each row is one recipe, a function in `configs/`, with its variants. To train on
 `python -m vit_jax_zoo.main --config=configs/<system>.py:<variant>`. Data, length and augmentation
 are read from the resolved configs, the other columns from the function's docstring, which has more
 detail. Reported results are the papers' unless stated otherwise; "our result" was measured with
-this code. Batch sizes are global. RandAugment is TensorFlow's: see
+this code. Batch sizes are global. There are two RandAugment variants, TensorFlow's and timm's: see
 `vit_jax_zoo/data/transforms/augment.py`.
 """
 
@@ -73,7 +73,10 @@ TRANSFORMS = {
   "random_flip": "flip",
   "random_pair_turn": "rotation and flip",
   "random_translate": "translation",
+  "random_erasing": "random erasing",
 }
+
+RAND_AUGMENTS = {"rand_augment": "TensorFlow", "timm_rand_augment": "timm"}
 
 MIXTURES = {"mixup_alpha": "mixup", "cutmix_alpha": "CutMix"}
 
@@ -83,9 +86,9 @@ def augmentation(config):
   parts = []
   for spec in map(dict, config.data.train.transforms):
     name = spec["name"]
-    if name == "rand_augment":
+    if name in RAND_AUGMENTS:
       layers, magnitude = spec.get("num_layers", 2), spec.get("magnitude", "default")
-      parts.append(f"RandAugment({layers}, {magnitude})")
+      parts.append(f"{RAND_AUGMENTS[name]} RandAugment({layers}, {magnitude})")
     elif name in TRANSFORMS:
       parts.append(TRANSFORMS[name])
     elif name == "resize_shorter" and len(spec.get("shorter", ())) > 1:

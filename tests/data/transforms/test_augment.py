@@ -1,4 +1,4 @@
-"""RandAugment: sampling of operations and meaning of magnitudes."""
+"""RandAugment, TensorFlow and timm variants: sampling of operations and meaning of magnitudes."""
 
 import collections
 
@@ -7,8 +7,9 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from vit_jax_zoo.data.sources.demo import read_photo
+from vit_jax_zoo.data.transforms import augment as ops
 from vit_jax_zoo.data.transforms import build_transforms
-from vit_jax_zoo.data.transforms.augment import RandAugment
+from vit_jax_zoo.data.transforms.augment import COMMON, RandAugment, TimmRandAugment
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +26,13 @@ def outcomes(policy, image, operation, seeds=range(12)):
   return {one(policy, image, operation, seed).tobytes() for seed in seeds}
 
 
-def test_deterministic_given_rng(photo):
-  (transform,) = build_transforms([{"name": "rand_augment"}])
+def either_way(function, amount):
+  return {np.asarray(function(sign * amount)).tobytes() for sign in (-1, 1)}
+
+
+@pytest.mark.parametrize("name", ["rand_augment", "timm_rand_augment"])
+def test_deterministic_given_rng(photo, name):
+  (transform,) = build_transforms([{"name": name}])
   before = photo.copy()
   results = [transform({"image": photo}, np.random.default_rng(s))["image"] for s in (3, 3, 4, 5)]
   np.testing.assert_array_equal(results[0], results[1])
@@ -35,8 +41,9 @@ def test_deterministic_given_rng(photo):
   assert all(r.dtype == np.uint8 and r.shape == photo.shape for r in results)
 
 
-def test_operations_drawn_uniformly_with_replacement(photo, monkeypatch):
-  policy, count, drawn = RandAugment(), 16, []
+@pytest.mark.parametrize(("policy", "count"), [(RandAugment(), 16), (TimmRandAugment(), 15)])
+def test_operations_drawn_uniformly_with_replacement(policy, count, photo, monkeypatch):
+  drawn = []
 
   def record(self, image, operation, rng):
     drawn.append(operation)
@@ -116,10 +123,81 @@ class TestTensorFlowVariant:
     assert 1300 < largest <= 1600 + 60  # 40 x 40, plus grey pixels of the photo
 
 
+class TestTimmVariant:
+  def test_probability_per_operation(self, photo):
+    policy = TimmRandAugment()
+    kept = [(one(policy, photo, "invert", seed) == photo).all() for seed in range(400)]
+    assert np.mean(kept) == pytest.approx(0.5, abs=0.1)
+
+  def test_increasing_enhance_both_directions(self, photo):
+    policy = TimmRandAugment(magnitude=5, magnitude_std=0, probability=1.0)
+    image = Image.fromarray(photo)
+    expected = {np.asarray(ImageEnhance.Color(image).enhance(f)).tobytes() for f in (0.55, 1.45)}
+    assert outcomes(policy, photo, "color") == expected
+
+  def test_posterize_and_solarize_levels(self, photo):
+    policy = TimmRandAugment(magnitude=7, magnitude_std=0, probability=1.0)
+    image = Image.fromarray(photo)
+    np.testing.assert_array_equal(one(policy, photo, "posterize"), ImageOps.posterize(image, 2))
+    np.testing.assert_array_equal(one(policy, photo, "solarize"), ImageOps.solarize(image, 77))
+
+  def test_geometric_operations_like_pillow(self, photo):
+    policy = TimmRandAugment(
+      magnitude=10, magnitude_std=0, probability=1.0, interpolation="bicubic", fill=(1, 2, 3)
+    )
+    wide = np.ascontiguousarray(photo[:48])
+
+    def expected(kind):
+      image, fill = Image.fromarray(wide), (1, 2, 3)
+      if kind == "rotate":
+        return either_way(lambda d: image.rotate(d, ops.Resampling.BICUBIC, fillcolor=fill), 30)
+      matrix = {
+        "shear_x": lambda s: (1, 0.3 * s, 0, 0, 1, 0),
+        "shear_y": lambda s: (1, 0, 0, 0.3 * s, 1, 0),
+        "translate_x": lambda s: (1, 0, 0.45 * 96 * s, 0, 1, 0),
+        "translate_y": lambda s: (1, 0, 0, 0, 1, 0.45 * 48 * s),
+      }[kind]
+      affine = Image.Transform.AFFINE
+      return either_way(
+        lambda s: image.transform(
+          image.size, affine, matrix(s), ops.Resampling.BICUBIC, fillcolor=fill
+        ),
+        1,
+      )
+
+    for kind in ("shear_x", "shear_y", "translate_x", "translate_y"):
+      assert outcomes(policy, wide, kind) == expected(kind), kind
+    turned = np.frombuffer(next(iter(outcomes(policy, wide, "rotate", [0]))), np.uint8)
+    references = [np.frombuffer(e, np.uint8) for e in expected("rotate")]
+    assert min(np.mean(turned != r) for r in references) < 2e-3
+
+  def test_interpolation_random_by_default(self, photo):
+    fields = dict(magnitude=9, magnitude_std=0, probability=1.0)
+    both = outcomes(TimmRandAugment(**fields), photo, "rotate", range(40))
+    kinds = [
+      outcomes(TimmRandAugment(**fields, interpolation=kind), photo, "rotate", range(40))
+      for kind in ("bilinear", "bicubic")
+    ]
+    assert both == kinds[0] | kinds[1]
+    assert len(both) == 4
+
+  def test_magnitude_std_clipped_at_ten(self, photo):
+    black = np.zeros_like(photo)
+    fields = dict(probability=1.0, magnitude=9, magnitude_std=0.5)
+    values = [
+      int(one(TimmRandAugment(**fields), black, "solarize_add", seed).max()) for seed in range(300)
+    ]
+    assert max(values) == 110
+    assert np.mean(values) == pytest.approx(99, abs=1.5)
+    assert np.std(values) == pytest.approx(5.5, abs=1)
+
+
 def test_all_operations_keep_shape_and_dtype(photo):
-  for operation in RandAugment.operations:
-    result = one(RandAugment(), photo, operation)
-    assert (result.shape, result.dtype) == (photo.shape, np.uint8)
+  for policy in (RandAugment(), TimmRandAugment(probability=1.0)):
+    for operation in policy.operations:
+      result = one(policy, photo, operation)
+      assert (result.shape, result.dtype) == (photo.shape, np.uint8)
+  assert set(RandAugment.operations) - set(COMMON) == {"cutout"}
 
 
 @pytest.mark.parametrize(
@@ -130,6 +208,8 @@ def test_all_operations_keep_shape_and_dtype(photo):
       "rand_augment: num_layers is 0",
     ),
     ({"name": "rand_augment", "magnitude": -1}, r"magnitude is -1"),
+    ({"name": "timm_rand_augment", "interpolation": "cubic"}, "did you mean 'bicubic'"),
+    ({"name": "timm_rand_augment", "probability": 2.0}, r"probability is 2.0"),
   ],
 )
 def test_invalid_fields_raise(spec, message):

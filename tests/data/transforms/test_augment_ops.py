@@ -7,7 +7,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from vit_jax_zoo.data.sources.demo import read_photo
 from vit_jax_zoo.data.transforms import augment as ops
 
-GREY = (128, 128, 128)
+FILL = (10, 128, 250)
 
 
 def images():
@@ -72,9 +72,10 @@ def test_solarize_add_formula(image, addition):
   [
     (ops.brightness, ImageEnhance.Brightness),
     (ops.color, ImageEnhance.Color),
+    (ops.contrast, ImageEnhance.Contrast),
     (ops.sharpness, ImageEnhance.Sharpness),
   ],
-  ids=["brightness", "color", "sharpness"],
+  ids=["brightness", "color", "contrast", "sharpness"],
 )
 def test_enhancements_equal_pillow(image, function, kind, factor):
   np.testing.assert_array_equal(function(image, factor), enhanced(kind, image, factor))
@@ -86,27 +87,30 @@ def test_contrast_with_given_grey():
   np.testing.assert_array_equal(ops.contrast(image, 1.9, grey=196), [[[0, 13, 255]]])
 
 
+@pytest.mark.parametrize(
+  "resample", [ops.Resampling.NEAREST, ops.Resampling.BILINEAR, ops.Resampling.BICUBIC]
+)
 @pytest.mark.parametrize("degrees", [-30.0, 12.5, 27.0])
-def test_rotate_close_to_pillow(image, degrees):
-  expected = Image.fromarray(image).rotate(degrees, Image.Resampling.NEAREST, fillcolor=GREY)
-  turned = ops.rotate(image, degrees)
+def test_rotate_close_to_pillow(image, degrees, resample):
+  expected = Image.fromarray(image).rotate(degrees, resample, fillcolor=FILL)
+  turned = ops.rotate(image, degrees, FILL, resample)
   # Pillow rounds its matrix to 15 digits.
   assert np.mean(turned != np.asarray(expected)) < 2e-3
 
 
 def test_affine_integer_shift():
   image = CASES["noise"]
-  moved = ops.affine(image, (1, 0, 3, 0, 1, -2))
+  moved = ops.affine(image, (1, 0, 3, 0, 1, -2), FILL, ops.Resampling.NEAREST)
   expected = np.empty_like(image)
-  expected[:] = GREY
+  expected[:] = FILL
   expected[2:, :-3] = image[:-2, 3:]
   np.testing.assert_array_equal(moved, expected)
 
 
 def test_cutout_clipped_at_border():
   image = CASES["noise"]
-  cut = ops.cutout(image, (1, 18), 4)
+  cut = ops.cutout(image, (1, 18), 4, FILL)
   inside = np.zeros(image.shape[:2], bool)
   inside[0:5, 14:20] = True
   np.testing.assert_array_equal(cut[~inside], image[~inside])
-  assert (cut[inside] == GREY).all()
+  assert (cut[inside] == FILL).all()

@@ -94,7 +94,7 @@ def pixels(image: Any) -> np.ndarray:
 _NAMES = {
   "image": "decode random_resized_crop random_resize_small random_translate random_crop "
   "central_crop resize resize_small one_hot multi_hot keep_prefix",
-  "augment": "rand_augment",
+  "augment": "rand_augment timm_rand_augment random_erasing",
   "detection": "load_objects keep_classes random_flip resize_shorter random_scale_crop pad_objects",
   "segmentation": "load_label_map random_scale random_window pad_label_map",
   "super_resolution": "super_resolution_pair random_pair_crop random_pair_turn pad_pair",
