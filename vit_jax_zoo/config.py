@@ -91,7 +91,7 @@ REMOVED = {
 """Patterns of the paths of removed fields, the value that saved runs must have (`...`: any, without
 effect on results), and what replaces the field; systems have more."""
 
-_FRACTIONS = ("eval_every", "every", "warmup_steps")
+_FRACTIONS = ("eval_every", "every", "warmup_steps", "cooldown_steps", "timescale")
 """Counts of steps, in any section, that may be fractions of all steps."""
 
 _MINIMA = {

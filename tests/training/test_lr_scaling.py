@@ -13,7 +13,7 @@ from vit_jax_zoo.training.optim import OPTIMIZERS
 
 def test_rule_of_every_optimizer():
   assert {name: rule_of(name) for name in OPTIMIZERS} == {
-    **dict.fromkeys(("adam", "adamw", "lion"), "square-root"),
+    **dict.fromkeys(("adafactor", "adam", "adamw", "lamb", "lion"), "square-root"),
     "sgd": "linear",
   }  # fmt: skip
 

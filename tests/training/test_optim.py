@@ -136,6 +136,7 @@ def test_bfloat16_accumulators():
   for config in (
     {"name": "sgd", "momentum": 0.9, "accumulator_dtype": "bfloat16"},
     {"name": "adam", "mu_dtype": "bfloat16"},
+    {"name": "adafactor"},
   ):
     moved, state = run(create(params, **config), params, 2)
     assert moved["kernel"].dtype == jnp.float32
@@ -166,6 +167,25 @@ def test_decoupled_decay_scaled_by_rate_and_multiplier():
   )  # fmt: skip
   found, _ = run(optimizer, params, 1, grads=lambda p, _: jax.tree.map(np.zeros_like, p))
   np.testing.assert_allclose(found["kernel"], 8.0 * (1 - 0.1 * 0.2 * 0.5), rtol=1e-6)
+
+
+def test_adafactor_equals_optax():
+  params = {"kernel": gradients({"x": jnp.ones((130, 140))}, 1)["x"]}
+  ours = create(
+    params, name="adafactor", learning_rate=0.1, beta2_cap=1.0, min_dim_size_to_factor=128,
+    momentum=None,
+  )  # fmt: skip
+  found, state = run(ours, params, 3)
+  assert max(leaf.size for leaf in jax.tree.leaves(state)) == 140, "factored"
+  theirs = optax.adafactor(
+    0.1, clipping_threshold=None, multiply_by_parameter_scale=False, momentum=None
+  )
+  expected, state = params, theirs.init(params)
+  update = jax.jit(theirs.update)
+  for step in range(3):
+    updates, state = update(gradients(params, step), state, expected)
+    expected = optax.apply_updates(expected, updates)
+  np.testing.assert_allclose(found["kernel"], expected["kernel"], rtol=1e-5, atol=1e-6)
 
 
 def decayed(params, **config):
@@ -236,7 +256,7 @@ def test_begin_step_delays_warmup():
   np.testing.assert_allclose(found["x"], [-(0 + 0 + 0.5 + 0.5 + 1.0 + 1.0)], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lion"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd", "lamb", "lion"])
 def test_state_sharded_like_parameters(name):
   params = make_params()
   momentum = {"momentum": 0.9} if name == "sgd" else {}
@@ -245,7 +265,7 @@ def test_state_sharded_like_parameters(name):
   state = jax.eval_shape(optimizer.tx.init, params)
   found_specs = flatten_paths(sharding.specs_like_parameters(state, params, specs))
   split = [path for path, spec in found_specs.items() if spec != P()]
-  moments = {"adamw": 2, "sgd": 1, "lion": 1}[name]
+  moments = {"adamw": 2, "lamb": 2, "adafactor": 2, "sgd": 1, "lion": 1}[name]
   assert len(split) == 6 * moments
   assert all(found_specs[path] == P() for path in found_specs if path.endswith("count"))
 

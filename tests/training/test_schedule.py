@@ -59,6 +59,17 @@ def test_end_values():
   )
 
 
+def test_rsqrt_warmup_and_cooldown():
+  found = values(
+    100, [0, 5, 10, 40, 90, 95, 100, 120],
+    name="rsqrt", timescale=10, warmup_steps=10, cooldown_steps=10, end_value=0.01,
+  )  # fmt: skip
+  after_95 = 0.01 + (np.sqrt(10 / 95) - 0.01) / 2
+  assert found == pytest.approx(
+    [0.0, 0.5, 1.0, 0.5, np.sqrt(10 / 90), after_95, 0.01, 0.01], rel=1e-6
+  )
+
+
 def test_step_boundaries_and_factors():
   steps = [0, 9, 10, 19, 20, 99]
   assert values(100, steps, name="step", boundaries=[10, 20]) == pytest.approx(
@@ -87,7 +98,8 @@ def test_warmup_fraction_of_run():
     ({"name": "step"}, "boundaries: missing"),
     ({"name": "step", "boundaries": [5, 3]}, "boundaries: .5, 3"),
     ({"name": "step", "boundaries": [5], "factors": [1, 2]}, "boundaries: .5., with 2 factors"),
-    ({"name": "constant", "end_value": 0.1}, "end_value"),
+    ({"name": "rsqrt", "timescale": 0}, "timescale: 0"),
+    ({"name": "rsqrt", "end_value": 0.1}, "cooldown_steps"),
   ],
 )
 def test_invalid_schedule_raises(schedule, message):

@@ -1,7 +1,7 @@
 """Learning-rate scaling with batch size: linear for SGD, square root for adaptive optimizers.
 
-Linear: Goyal et al., arXiv:1706.02677. Square root (Adam): Malladi et al., arXiv:2205.10287. Rules
-of thumb; `accumulation_steps` keeps the recipe's batch instead.
+Linear: Goyal et al., arXiv:1706.02677. Square root: Malladi et al., arXiv:2205.10287 (Adam), You et
+al., arXiv:1904.00962 (lamb). Rules of thumb; `accumulation_steps` keeps the recipe's batch instead.
 """
 
 import math

@@ -158,10 +158,11 @@ def optimizer_fields(name: str) -> list[str]:
 
 
 class _Kind(NamedTuple):
-  """A named optimizer: a function from config fields to its direction, and its weight decay."""
+  """A named optimizer: a function from config fields to its direction, and the other steps."""
 
   direction: Callable[..., optax.GradientTransformation]
   decay_mode: str
+  after_decay: optax.GradientTransformation | None = None
 
 
 def _direction_of(fields: Mapping[str, Any]) -> tuple[_Kind, optax.GradientTransformation]:
@@ -186,9 +187,40 @@ def _sgd(
   return optax.trace(momentum, nesterov, accumulator_dtype)
 
 
+def _lamb(*, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-6) -> Any:
+  return scale_by_adam(b1, b2, eps)
+
+
+def _adafactor(
+  *,
+  decay_rate: Number = 0.8,
+  beta2_cap: Number = 0.999,
+  min_dim_size_to_factor: int = 32,
+  momentum: Number | None = 0.9,
+  momentum_dtype: Any = jnp.bfloat16,
+  eps: Number = 1e-30,
+) -> optax.GradientTransformation:
+  """Adafactor of Scaling Vision Transformers (arXiv:2106.04560, section 3.4)."""
+
+  def second_moment_decay(step: Any, exponent: Any) -> Any:
+    return jnp.minimum(beta2_cap, 1.0 - (jnp.asarray(step, jnp.float32) + 1.0) ** -exponent)
+
+  scale = optax.scale_by_factored_rms(
+    decay_rate=decay_rate,
+    min_dim_size_to_factor=min_dim_size_to_factor,
+    epsilon=eps,
+    decay_rate_fn=second_moment_decay,
+  )
+  if momentum is None:
+    return scale
+  return optax.chain(scale, optax.ema(momentum, debias=False, accumulator_dtype=momentum_dtype))
+
+
 OPTIMIZERS = {
+  "adafactor": _Kind(_adafactor, "fully_decoupled"),
   "adam": _Kind(scale_by_adam, "l2"),
   "adamw": _Kind(scale_by_adam, "decoupled"),
+  "lamb": _Kind(_lamb, "decoupled", optax.scale_by_trust_ratio()),
   "lion": _Kind(optax.scale_by_lion, "decoupled"),
   "sgd": _Kind(_sgd, "l2"),
 }
@@ -264,6 +296,7 @@ def _chain(
     raise ValueError(f"clip_norm: {clip_norm}; expected a number above 0, or None")
   clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
   steps = [*clip, *decay.get("l2", []), direction, *decay.get("decoupled", [])]
+  steps += [kind.after_decay] if kind.after_decay else []
   if any(setting.learning_rate != 1.0 for setting in settings.values()):
     steps += [_per_parameter(settings, lambda s: float(s.learning_rate), lambda u, _, m: u * m)]
   if last := decay.get("fully_decoupled"):

@@ -11,10 +11,12 @@ value E:
 | linear   | E + (B - E) (1 - p)                                                  |
 | cosine   | E + (B - E) (1 + cos(pi p)) / 2                                      |
 | poly     | E + (B - E) (1 - p)^power, power 0.9 by default                      |
+| rsqrt    | B sqrt(s / (s + max(t - w, 0))), s = timescale (arXiv:2106.04560)    |
 | step     | B times the factors of all boundaries <= t, 0.1 by default            |
 
 times the warm-up min(1, f + (1 - f) t / w), of whose first steps `optax.linear_schedule` loses most
-digits. Linear and cosine are those of the ViT paper's code (`create_learning_rate_schedule` in
+digits. `constant` and `rsqrt` may end with a cool-down: linear to E over the last c steps. Linear
+and cosine are those of the ViT paper's code (`create_learning_rate_schedule` in
 google-research/vision_transformer).
 
 Numbers of steps are ints, or floats below 1: that fraction of all steps.
@@ -106,8 +108,10 @@ def _check_not_negative(field: str, value: Any) -> None:
     raise ValueError(f"{field}: {value!r}; expected a finite number >= 0")
 
 
-def _constant(base: float, *_: int) -> Schedule:
-  return optax.constant_schedule(base)
+def _constant(
+  base: float, num_steps: int, _: int, *, end_value: Number = 0.0, cooldown_steps: Steps = 0
+) -> Schedule:
+  return _with_cooldown(optax.constant_schedule(base), num_steps, cooldown_steps, end_value)
 
 
 def _linear(base: float, num_steps: int, warmup: int, *, end_value: Number = 0.0) -> Schedule:
@@ -128,6 +132,25 @@ def _poly(
   if not power > 0:
     raise ValueError(f"schedule.power: {power}; expected a number above 0")
   return optax.polynomial_schedule(base, end_value, power, max(num_steps - warmup, 1), warmup)
+
+
+def _rsqrt(
+  base: float,
+  num_steps: int,
+  warmup: int,
+  *,
+  timescale: Steps = 10_000,
+  end_value: Number = 0.0,
+  cooldown_steps: Steps = 0,
+) -> Schedule:
+  scale = count_steps("timescale", timescale, num_steps)
+  if scale < 1:
+    raise ValueError(f"timescale: {timescale}; expected a number of steps >= 1")
+
+  def rate(step: jax.Array) -> jax.Array:
+    return base * jnp.sqrt(scale / (scale + jnp.maximum(step - warmup, 0)))
+
+  return _with_cooldown(rate, num_steps, cooldown_steps, end_value)
 
 
 def _step(
@@ -151,10 +174,25 @@ def _step(
   return optax.piecewise_constant_schedule(base, scales)
 
 
+def _with_cooldown(rate: Schedule, num_steps: int, steps: Steps, end_value: Number) -> Schedule:
+  cooldown = count_steps("cooldown_steps", steps, num_steps)
+  if not cooldown:
+    if end_value:
+      raise ValueError(f"end_value: {end_value} has no effect without cooldown_steps; set them too")
+    return rate
+
+  def cooled(step: jax.Array) -> jax.Array:
+    left = jnp.clip((num_steps - step) / cooldown, 0.0, 1.0)
+    return end_value + (rate(step) - end_value) * left
+
+  return cooled
+
+
 _SCHEDULES: dict[str, Callable[..., Schedule]] = {
   "constant": _constant,
   "linear": _linear,
   "cosine": _cosine,
   "poly": _poly,
+  "rsqrt": _rsqrt,
   "step": _step,
 }
