@@ -13,9 +13,10 @@ r"""Your own images, one folder per class: fine-tunes any classifier.
 
 Data: one folder per class, `source=folder:/path`; see `data/sources/folder.py`. About a tenth of
   the training images, by a hash of their names, selects the best checkpoint (`val`); `test` is the
-  folder `test`, or another tenth. Unreadable images are logged, counted and skipped. TFDS names are
-  accepted too: tfds:beans. The classes are the folders, sorted by name, or the lines of the text
-  file `class_names`. `flip=false` where left and right differ, as in text.
+  folder `test`, or another tenth. Unreadable images are logged, counted and skipped. The classes
+  are the folders, sorted by name, or the lines of the text file `class_names`. Also csv:labels.csv,
+  hf:user/name, wds:/path and tfds:beans (docs/guides/data.md). `multi_label=true` for images with
+  any number of classes: a sigmoid for each. `flip=false` where left and right differ, as in text.
 Weights: `init_from`, a file, a published name (docs/MODELS.md) or a run; by default AugReg's
   ImageNet-21k weights for a ViT, timm's for a LambdaResNet, which are then downloaded.
 Few images: the best checkpoint has the lowest loss on `val`, since the accuracy on a few images is
@@ -29,7 +30,7 @@ The function below is the recipe. iGPT's fine-tuning, with its two losses, is in
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -53,6 +54,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   image_size: int = 0,
   class_names: str = "",
   flip: bool = True,
+  multi_label: bool = False,
   head_only: bool = False,
   dtype: str = "bfloat16",
   data_dir: str = "",
@@ -72,20 +74,19 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   image_size = image_size or family.image_size
   config = ConfigDict({"seed": 0, "num_epochs": num_epochs, "batch_size": batch_size})
   config.model = {"name": model, "num_classes": placeholder(int), "dtype": dtype}
-  config.task = common.task("classification", per_class=True)
+  sigmoid = {"objective": "sigmoid"} if multi_label else {}
+  config.task = common.task("classification", per_class=True, **sigmoid)
   config.task.update(image_mean=family.image_mean, image_std=family.image_std)
 
-  crop = {"name": "random_resized_crop", "size": image_size, "area": (0.05, 1.0)}
-  train = [crop, {"name": "random_flip"}] if flip else [crop]
-  squash = {"name": "resize", "size": image_size, "method": "bilinear", "dtype": "float32"}
-  is_folder = source.startswith("folder:")
-  fit, choose = ("fit", "choose") if is_folder else ("train[:90%]", "train[90%:]")
+  train, evaluation = _transforms(image_size, flip=flip, multi_label=multi_label)
+  prepared = source.startswith(("tfds:", "demo:"))
+  fit, choose = ("train[:90%]", "train[90%:]") if prepared else ("fit", "choose")
   images = {"source": source} | ({"class_names": class_names} if class_names else {})
   config.data = {
     "train": {**images, "split": fit, "transforms": train},
     "eval": {
-      "val": {**images, "split": choose, "transforms": [squash]},
-      "test": {**images, "split": "test", "transforms": [squash]},
+      "val": {**images, "split": choose, "transforms": evaluation},
+      "test": {**images, "split": "test", "transforms": evaluation},
     },
     "loader": {"num_workers": 0, "on_corrupt": "skip"},
   }
@@ -102,6 +103,15 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   best = {"best": "val/loss", "best_mode": "min", "eval_best_at_end": True}
   config.checkpoint = {"every": once_an_epoch, "keep": 1, **best}
   return common.with_data_dir(config, data_dir)
+
+
+def _transforms(image_size: int, *, flip: bool, multi_label: bool) -> tuple[list[Any], list[Any]]:
+  """Returns the transforms of training and evaluation."""
+  train = [{"name": "random_resized_crop", "size": image_size, "area": (0.05, 1.0)}]
+  train += [{"name": "random_flip"}] if flip else []
+  squash = {"name": "resize", "size": image_size, "method": "bilinear", "dtype": "float32"}
+  labels = [{"name": "multi_hot"}] if multi_label else []
+  return [*train, *labels], [squash, *labels]
 
 
 class Family(NamedTuple):

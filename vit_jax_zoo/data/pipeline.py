@@ -56,7 +56,7 @@ PADDED_ORIGINAL = {"segment_map": (0, -1)}  # of the image's size before the tra
 
 _REMEDIES = {
   "image": "end the transforms with a resize or a crop, or set data.loader.buckets",
-  "label": "add multi_hot",
+  "label": "add multi_hot (configs/finetune.py: multi_label=true)",
   "labels": "add pad_objects",
 }
 """Fixes for examples of different shapes."""

@@ -3,6 +3,7 @@
     demo:digits demo:photos       images that ship with Python packages: no files needed
     demo:scenes                   digits in front of textures: boxes, masks, stuff
     folder:/path                  a folder for each class
+    csv:/path/labels.csv          a table of image files and labels
     coco:/path                    images with boxes, masks or segments in COCO's format
     segmentation:/path            images with label maps, a class for every pixel
     pairs:/path                   images with references, for super-resolution
@@ -22,7 +23,7 @@ from vit_jax_zoo.errors import check_names, unknown_name
 from vit_jax_zoo.registry import Registry
 
 _MODULES = {name: name for name in ("demo", "coco", "folder", "pairs", "segmentation", "tfds")}
-_MODULES["segments"] = "segmentation"  # its old name
+_MODULES |= {"csv": "csv_file", "segments": "segmentation"}  # segments: its old name
 KINDS = Registry("kind of source", {k: f"{__name__}.{m}:open_splits" for k, m in _MODULES.items()})
 
 SECTION = (

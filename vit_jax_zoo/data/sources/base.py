@@ -9,6 +9,7 @@ import abc
 import bisect
 import dataclasses
 import itertools
+import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -88,6 +89,18 @@ def local_folder(kind: str, location: str, expected: str) -> pathlib.Path:
   if "://" in location or not root.is_dir():
     raise FileNotFoundError(f"{kind}:{location} is no folder on a local disk; expected {expected}")
   return root
+
+
+def missing_files(files: Sequence[Sequence[str]]) -> list[int]:
+  """Returns the indices of examples that have a missing file; lists each folder once."""
+  folders = {os.path.dirname(file) for example in files for file in example}
+  entries = (entry for folder in filter(os.path.isdir, folders) for entry in os.scandir(folder))
+  existing = {entry.path for entry in entries if entry.is_file(follow_symlinks=False)}
+  return [
+    index
+    for index, example in enumerate(files)
+    if not all(file in existing or os.path.isfile(file) for file in example)
+  ]
 
 
 Splits: TypeAlias = Mapping[str, Callable[[], Source]]  # by name, opened on demand

@@ -150,14 +150,7 @@ class CocoSource(base.Source):
     return (width, height) if self._rotated.get(index, 1) >= 5 else (height, width)
 
   def missing(self) -> list[int]:
-    folders = {os.path.dirname(f) for i in range(len(self)) for f in self._files(i)}
-    entries = (entry for folder in filter(os.path.isdir, folders) for entry in os.scandir(folder))
-    existing = {entry.path for entry in entries if entry.is_file(follow_symlinks=False)}
-    return [
-      index
-      for index in range(len(self))
-      if not all(file in existing or os.path.isfile(file) for file in self._files(index))
-    ]
+    return base.missing_files([self._files(index) for index in range(len(self))])
 
 
 def open_splits(

@@ -17,9 +17,11 @@ To choose a model or checkpoint, `train` is split further by the hash: `fit` to 
 `choose`, a tenth. With folders for training, validation and test they are the first two.
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -33,6 +35,7 @@ from absl import logging
 
 from vit_jax_zoo.data.images import read_file, suffixes
 from vit_jax_zoo.data.sources import base
+from vit_jax_zoo.errors import name_of
 
 SPLIT_FOLDERS = {
   "train": "train", "training": "train", "test": "test", "testing": "test",
@@ -43,7 +46,8 @@ SPLIT_FOLDERS = {
 TEST_FRACTION = 0.1
 CHOOSE_FRACTION = 0.1
 
-Labelled: TypeAlias = list[tuple[str, int]]  # paths below a folder, and labels
+Labelled: TypeAlias = list[tuple[Any, ...]]
+"""Path below a folder, class id or a tuple of them, and what else a source needs of an example."""
 
 _LISTED = 5  # maximum number of files or classes in a message
 _SYSTEM_FOLDERS = (
@@ -133,25 +137,47 @@ def read_class_names(class_names: Sequence[str] | str | None) -> tuple[str, ...]
   return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-class FolderSource(FileSource):
-  """Image files with the class of their folder. `image` is the file's bytes."""
+class LabelledSource(FileSource):
+  """Image files with a class or several. `image` is the file's bytes."""
 
   def __getitem__(self, index: int) -> base.Example:
-    path, label = self._files[index]
-    return {"image": self.read(path), "label": label}
+    label = self._files[index][1]
+    several = isinstance(label, tuple)
+    label = np.array(label, np.int32) if several else label
+    return {"image": self._image(index), "label": label}
 
-  def labels(self) -> np.ndarray:
-    return np.array([label for _, label in self._files], np.int64)
+  def _image(self, index: int) -> bytes:
+    return self.read(self._files[index][0])
 
-  def part(self, *, chosen: bool) -> "FolderSource":
+  def labels(self) -> np.ndarray | None:
+    labels = [file[1] for file in self._files]
+    return None if isinstance(labels[0], tuple) else np.array(labels, np.int64)
+
+  def split_by_hash(self) -> dict[str, Callable[[], "LabelledSource"]]:
+    """Returns the splits of a source without a test set: `train`, `test` and `all`."""
+    train, test = hold_out(self._files, TEST_FRACTION)
+    untested = sorted({file[1] for file in train} - {file[1] for file in test})
+    if untested and isinstance(untested[0], int):
+      named = ", ".join(name_of(label, self.info.class_names) for label in untested[:_LISTED])
+      text = f"{len(untested)} classes have no test image: {named}; add images to them"
+      _warn_once(f"{self._root or self.info.name}: {text}")
+    parts = {"train": train, "test": test, "all": self._files}
+    return {split: functools.partial(self._take, files) for split, files in parts.items()}
+
+  def part(self, *, chosen: bool) -> "LabelledSource":
     """Returns the held-out part (`chosen`) or the rest; ValueError for fewer than two files."""
     if len(self._files) < 2:
       raise ValueError(f"{self.info.name}: {len(self._files)} training image; add some to hold out")
-    parts = hold_out(self._files, CHOOSE_FRACTION, highest=True)
-    return FolderSource(self.info, self._root, parts[chosen])
+    return self._take(hold_out(self._files, CHOOSE_FRACTION, highest=True)[chosen])
+
+  def _take(self, files: Labelled) -> "LabelledSource":
+    other = copy.copy(self)
+    other.info = dataclasses.replace(self.info, num_examples=len(files))
+    other._files = files
+    return other
 
 
-FolderSplits: TypeAlias = Mapping[str, Callable[[], FolderSource]]
+LabelledSplits: TypeAlias = Mapping[str, Callable[[], LabelledSource]]
 
 
 def open_splits(location: str, class_names: Sequence[str] | str | None = None) -> base.Splits:
@@ -162,11 +188,10 @@ def open_splits(location: str, class_names: Sequence[str] | str | None = None) -
   FileNotFoundError without the folder; ValueError for a remote one, or one without class folders or
   images, or with a class that `class_names` lacks.
   """
-  splits = find_splits(location, class_names)
-  return _name_test(base.name_validation(_name_choices(splits)), location)
+  return complete_splits(find_splits(location, class_names), location)
 
 
-def find_splits(location: str, class_names: Sequence[str] | str | None = None) -> FolderSplits:
+def find_splits(location: str, class_names: Sequence[str] | str | None = None) -> LabelledSplits:
   """Returns the splits of `open_splits` without their aliases."""
   if "://" in location:
     raise ValueError(
@@ -188,23 +213,23 @@ def find_splits(location: str, class_names: Sequence[str] | str | None = None) -
     _check_names_differ(root, every)
     names = tuple(every)
   whole = base.DatasetInfo(f"folder:{location}", 0, len(names), names)
-  labelled = {s: _labelled(folders[s], files, names) for s, files in found.items() if files}
-  if "" in labelled:
-    labelled = _hashed_splits(root, labelled[""], names)
-  return {
-    split: functools.partial(FolderSource, whole, folders.get(split, root), files)
-    for split, files in labelled.items()
-  }
+  splits = {}
+  for split, files in found.items():
+    ids = number_classes({name: f"{folders[split] / name}" for _, name in files}, names)
+    labelled = [(path, ids[name]) for path, name in files]
+    if labelled:
+      splits[split] = functools.partial(LabelledSource, whole, folders[split], labelled)
+  return splits[""]().split_by_hash() if "" in splits else splits
 
 
 def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
   """Returns the folders of splits, which have class folders inside; none if `train` is a class."""
   folders = _folders(root)
-  named = [f for f in folders if _split_of(f.name)]
+  named = [f for f in folders if split_of(f.name)]
   nested = [f for f in named if _folders(f)]
   splits: dict[str, pathlib.Path] = {}
   for folder in nested:
-    split = _split_of(folder.name) or ""
+    split = split_of(folder.name) or ""
     if split in splits:
       raise ValueError(f"{splits[split]} and {folder} are both the split {split!r}; keep one")
     inner = _folders(folder)  # archives of Kaggle repeat the name: train/train/<class>
@@ -215,14 +240,15 @@ def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
     if others:
       _warn_once(f"{root}: ignored folders next to the split folders: {others}")
     return splits
-  if splits or len({_split_of(f.name) for f in named}) > 1:
+  if splits or len({split_of(f.name) for f in named}) > 1:
     others = ", ".join(f.name for f in folders if f not in nested)
     expected = f"{named[0].name}/<class>/<image>"
     raise ValueError(f"{root}: {others}: not splits with class folders; expected {expected}")
   return {}
 
 
-def _split_of(name: str) -> str | None:
+def split_of(name: str) -> str | None:
+  """Returns the split that a folder or file is named after, if any."""
   name = re.sub(r"[-_ ]?(set|data|images|(19|20)\d\d)$", "", name.lower())
   return SPLIT_FOLDERS.get(re.sub(r"^(seg|data|dataset|images?)[-_ ]", "", name))
 
@@ -237,7 +263,7 @@ def _check_not_wrapped(inner: pathlib.Path, location: str) -> None:
   while len(inside) == 1 and _folders(inside[0]):
     inner, location = inside[0], f"{location.rstrip('/')}/{inner.name}"
     inside = _folders(inner)
-  splits = any(_split_of(f.name) for f in inside)
+  splits = any(split_of(f.name) for f in inside)
   if splits or (len(inside) > 1 and all("/" in path for path in list_images(inner)[0])):
     raise ValueError(
       f"folder:{location} has a single class folder, {inner.name}, with the folders "
@@ -258,7 +284,7 @@ def _check_inner_folders(root: pathlib.Path, files: Sequence[tuple[str, str]]) -
       raise ValueError(
         f"{root}: {top}/ has the folders {listed}; did you mean folder:{root / top}?"
       )
-    alike = {top} if len(set(map(_split_of, folders)) - {None}) > 1 else set()
+    alike = {top} if len(set(map(split_of, folders)) - {None}) > 1 else set()
     for other in {first.setdefault(name, top) for name in folders} - {top}:
       several = len(names | inside[other]) > 1 and "" not in names | inside[other]
       alike |= {other, top} if several or len((names & inside[other]) - {""}) > 1 else set()
@@ -290,49 +316,79 @@ def _scan(root: pathlib.Path) -> list[tuple[str, str]]:
     ignored += [f"{folder.name}/{path}" for path in others]
     ignored += [] if images else [f"{folder.name} (no images: not a class)"]
   log_ignored(root, ignored)
-  return sorted(found, key=lambda file: (hash_name(file[0]), file[0]))
+  return sorted(found, key=by_hash)
 
 
-def _labelled(root: pathlib.Path, files: list[tuple[str, str]], names: Sequence[str]) -> Labelled:
-  labels = {unicodedata.normalize("NFC", name): label for label, name in enumerate(names)}
-  unknown = sorted({name for _, name in files} - set(labels))
+def number_classes(found: Mapping[str, str], names: Sequence[str]) -> dict[str, int]:
+  """Returns the id of each class in `found`, whose values are what an error names."""
+  ids = {unicodedata.normalize("NFC", name): number for number, name in enumerate(names)}
+  unknown = sorted(found.keys() - ids)
   if unknown:
     nearest = {_spelling(name): f"; did you mean {name!r}?" for name in names}
     hint = nearest.get(_spelling(unknown[0]), f"; add all {len(unknown)} missing")
-    raise ValueError(f"{root / unknown[0]} is not in class_names{hint}")
-  return [(path, labels[name]) for path, name in files]
+    raise ValueError(f"{found[unknown[0]]} is not in class_names{hint}")
+  return ids
 
 
-def _hashed_splits(
-  root: pathlib.Path, files: Labelled, names: Sequence[str]
-) -> dict[str, Labelled]:
-  train, test = hold_out(files, TEST_FRACTION)
-  untested = sorted({label for _, label in files} - {label for _, label in test})
-  if untested:
-    named = ", ".join(names[label] for label in untested[:_LISTED])
-    _warn_once(f"{root}: {len(untested)} classes have no test image: {named}; add images to them")
-  return {"train": train, "test": test, "all": files}
+def encode_labels(
+  splits: Mapping[str, Labelled],
+  class_names: Sequence[str] | str | None,
+  name_of_label: Callable[[Any], str],  # from a file, in errors
+) -> tuple[dict[str, Labelled], int, tuple[str, ...]]:
+  """Replaces the labels of files by class ids; returns the number of classes and their names.
+
+  Integers are ids; texts are names, in sorted order unless `class_names` is given.
+  """
+  first: dict[Any, str] = {}
+  for file in itertools.chain.from_iterable(splits.values()):
+    for value in file[1] if isinstance(file[1], tuple) else file[1:2]:
+      if value not in first:
+        first[value] = f"{name_of_label(file)} {value!r}"
+  names = read_class_names(class_names)
+  if all(isinstance(value, int) for value in first):
+    count = len(names) or max(first, default=0) + 1
+    for value in first.keys() - set(range(count)):
+      raise ValueError(f"{first[value]}: no class; expected 0 to {count - 1}. Check class_names")
+    ids = {value: value for value in first}
+  else:
+    texts = {value: unicodedata.normalize("NFC", str(value)) for value in first}
+    found = {texts[value]: where for value, where in first.items()}
+    names = names or tuple(sorted(found))
+    count, numbers = len(names), number_classes(found, names)
+    ids = {value: numbers[text] for value, text in texts.items()}
+
+  def encode(label: Any) -> Any:
+    return tuple(ids[value] for value in label) if isinstance(label, tuple) else ids[label]
+
+  encoded = {s: [(f[0], encode(f[1]), *f[2:]) for f in files] for s, files in splits.items()}
+  return encoded, count, names
 
 
 def hold_out(
   files: Labelled, fraction: float, *, highest: bool = False
 ) -> tuple[Labelled, Labelled]:
-  """Splits files, ordered by hash, in (rest, held out): a fraction of the range of hashes.
+  """Splits files in (rest, held out), both in their order: a fraction of the range of hashes.
 
   Each class of two or more files has at least one in either part. Those with the lowest hashes are
   held out, or with the highest.
   """
-  by_class: dict[int, Labelled] = {}
-  for file in reversed(files) if highest else files:
-    by_class.setdefault(file[1], []).append(file)
-  held: set[tuple[str, int]] = set()
+  ranks = [hash_name(file[0]) / 2**64 for file in files]
+  order = sorted(range(len(files)), key=lambda i: by_hash(files[i]), reverse=highest)
+  by_class: dict[Any, list[int]] = {}
+  for i in order:
+    by_class.setdefault(files[i][1], []).append(i)
+  held: set[int] = set()
   for members in by_class.values():
-    ranks = (hash_name(path) / 2**64 for path, _ in members)
-    count = sum((1 - rank if highest else rank) < fraction for rank in ranks)
+    count = sum((1 - ranks[i] if highest else ranks[i]) < fraction for i in members)
     held.update(members[: min(max(count, 1), len(members) - 1)])
-  if not held:  # one file a class
-    held = set(files[-1:] if highest else files[:1])
-  return [f for f in files if f not in held], [f for f in files if f in held]
+  held = held or set(order[:1])  # one file a class
+  kept = [file for i, file in enumerate(files) if i not in held]
+  return kept, [files[i] for i in sorted(held)]
+
+
+def by_hash(file: tuple[Any, ...]) -> tuple[int, str]:
+  """Returns the key that sorts files by the hash of their paths."""
+  return hash_name(file[0]), file[0]
 
 
 def hash_name(path: str) -> int:
@@ -340,7 +396,22 @@ def hash_name(path: str) -> int:
   return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest(), "big")
 
 
-def _name_choices(splits: FolderSplits) -> base.Splits:
+def complete_splits(splits: LabelledSplits, location: str) -> base.Splits:
+  """Adds `fit` and `choose`, and the aliases of the validation and the test set."""
+  return _name_test(base.name_validation(_name_choices(splits)), location)
+
+
+def complete_sources(sources: Mapping[str, LabelledSource]) -> base.Splits:
+  """Returns all splits of sources by name; without a test set, a part of `train` is held out."""
+  splits: dict[str, Callable[[], LabelledSource]] = {
+    name: lambda source=source: source for name, source in sources.items()
+  }
+  if "train" in sources and not sources.keys() & {"test", *base.VALIDATION_NAMES}:
+    splits |= sources["train"].split_by_hash()
+  return complete_splits(splits, "")
+
+
+def _name_choices(splits: LabelledSplits) -> base.Splits:
   validation = [name for name in base.VALIDATION_NAMES if name in splits]
   if "train" not in splits:
     return splits

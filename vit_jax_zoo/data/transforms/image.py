@@ -10,7 +10,7 @@ import numpy as np
 
 from vit_jax_zoo.data import images
 from vit_jax_zoo.data import resize as tf_resize
-from vit_jax_zoo.data.sources.base import Example
+from vit_jax_zoo.data.sources.base import Example, Source
 from vit_jax_zoo.data.transforms import ImageTransform, TargetTransform, Transform, pixels
 from vit_jax_zoo.errors import check_names
 
@@ -219,8 +219,14 @@ class OneHot(TargetTransform):
     return {**example, "label": target}
 
 
+@dataclasses.dataclass(frozen=True)
 class MultiHot(OneHot):
   """`label`: ints -> float32 [num_classes], 1 at each (JFT, ImageNet-ReaL; sigmoid losses)."""
+
+  num_classes: int = 0  # default: the source's
+
+  def for_source(self, source: Source) -> Transform:
+    return dataclasses.replace(self, num_classes=self.num_classes or source.info.num_classes or 0)
 
 
 @dataclasses.dataclass(frozen=True)

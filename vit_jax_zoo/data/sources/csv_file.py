@@ -1,0 +1,109 @@
+"""Image classification from tables of image files and labels.
+
+    path,label            path,label                 path,cat,dog            path,label,split
+    a.jpg,cat             a.jpg,cat|dog              a.jpg,1,1               a.jpg,cat,train
+    b/c.jpg,dog           b/c.jpg,                   b/c.jpg,0,0             b/c.jpg,dog,test
+
+Paths are relative to the file. Labels separated by `|`, or a column of 0 and 1 for each class, give
+an image any number of classes, for a sigmoid loss with the transform `multi_hot`. Labels that are
+all integers are class ids; others are names, in sorted order or that of `class_names` or the
+columns. The delimiter is a comma, semicolon or tab; the text UTF-8.
+
+The location is a file, or a folder with `train.csv` and `test.csv` or `val.csv`. Without a test or
+validation set the examples are split by a hash of their paths, in whose order they are, and all
+names of splits are those of `folder:`.
+"""
+
+import csv
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from vit_jax_zoo.data.sources import base, folder
+
+
+class CsvSource(folder.LabelledSource):
+  """Image files of a table: path, class or classes, and the row in messages."""
+
+  def example_name(self, index: int) -> str:
+    return f"{super().example_name(index)} ({self._files[index][2]})"
+
+  def missing(self) -> list[int]:
+    return base.missing_files([[os.path.join(self._root, file[0])] for file in self._files])
+
+
+class _Row(NamedTuple):
+  path: str
+  labels: tuple[str, ...]
+  where: str  # in messages
+  split: str
+
+
+def open_splits(location: str, class_names: Sequence[str] | str | None = None) -> base.Splits:
+  """Reads the table or tables; `class_names` in the order of their ids, or in a text file.
+
+  FileNotFoundError without a table; ValueError, with file and row, for a wrong one.
+  """
+  path = pathlib.Path(location).expanduser()
+  tables = {path: "train"}
+  if path.is_dir():
+    named = ((file, folder.split_of(file.stem)) for file in sorted(path.glob("*.csv")))
+    tables = {file: split for file, split in named if split}
+  if not tables or not all(map(os.path.isfile, tables)):
+    raise FileNotFoundError(f"csv:{location}: no table; expected a file, or a folder of train.csv")
+  read = [_read(file, split) for file, split in tables.items()]
+  columns = list(dict.fromkeys(name for classes, _ in read for name in classes))
+  rows = sorted((row for _, rows in read for row in rows), key=folder.by_hash)
+  if not rows:
+    raise ValueError(f"csv:{location}: no rows below the header; expected one for each image")
+  several = bool(columns) or any(len(row.labels) > 1 for row in rows)
+  are_ids = not columns and all(label.isdecimal() for row in rows for label in row.labels)
+  found: dict[str, folder.Labelled] = {}
+  first: dict[tuple[str, str], _Row] = {}
+  for row in rows:
+    if (other := first.setdefault((row.split, row.path), row)) is not row:
+      wrong = f"path: {row.path} is also in {other.where}"
+      raise ValueError(f"{row.where}: {wrong}; expected one row, with labels separated by |")
+    if not (several or row.labels):
+      raise ValueError(f"{row.where}: label: empty; expected a class")
+    labels = tuple(map(int, row.labels)) if are_ids else row.labels
+    label = labels if several else labels[0]
+    found.setdefault(row.split, []).append((row.path, label, row.where))
+  names, label_name = class_names or columns, "{0[2]}: label:".format
+  found, count, class_names = folder.encode_labels(found, names, label_name)
+  info = base.DatasetInfo(f"csv:{location}", 0, count, class_names)
+  root = path if path.is_dir() else path.parent
+  return folder.complete_sources({s: CsvSource(info, root, files) for s, files in found.items()})
+
+
+def _read(file: pathlib.Path, split: str) -> tuple[list[str], list[_Row]]:
+  """Returns the columns of classes, and the rows, of a table; `split` is that of all rows."""
+  try:
+    with open(file, encoding="utf-8-sig", newline="") as stream:
+      header = stream.readline()
+      stream.seek(0)
+      reader = csv.DictReader(stream, delimiter=max(",;\t", key=header.count), strict=True)
+      lines = [(reader.line_num, fields) for fields in reader]
+  except (UnicodeDecodeError, csv.Error) as error:
+    raise ValueError(f"{file}: not a table in UTF-8 ({error})") from None
+  columns = list(reader.fieldnames or ())
+  classes = [] if "label" in columns else [c for c in columns if c not in ("path", "split")]
+  if "path" not in columns or not (classes or "label" in columns):
+    expected = "path,label, or path and a column of 0 and 1 for each class"
+    raise ValueError(f"{file}: the header is {','.join(columns)}; expected {expected}")
+  return classes, [_row(fields, classes, f"{file}, row {n}", split) for n, fields in lines]
+
+
+def _row(fields: Mapping[str, str], classes: Sequence[str], where: str, split: str) -> _Row:
+  if None in fields or None in fields.values():
+    raise ValueError(f"{where}: not as many fields as the header; quote fields with a delimiter")
+  if not fields["path"]:
+    raise ValueError(f"{where}: path: empty; expected an image file")
+  for name in classes:
+    if fields[name] not in ("0", "1"):
+      raise ValueError(f"{where}: {name}: {fields[name]!r}; expected 0 or 1")
+  labels = [name for name in classes if fields[name] == "1"]
+  labels += [label.strip() for label in fields.get("label", "").split("|") if label.strip()]
+  split = fields.get("split") or split
+  return _Row(fields["path"], tuple(labels), where, folder.split_of(split) or split)
