@@ -17,12 +17,12 @@ from PIL import Image
 from configs import finetune as finetune_own
 from tests.conftest import golden_folder, system_module
 from vit_jax_zoo import config as config_lib
-from vit_jax_zoo import export, load_pretrained, predict, trainer
+from vit_jax_zoo import export, load_pretrained, trainer
 from vit_jax_zoo.builder import build
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.sources.demo import read_photo
 from vit_jax_zoo.inference import create_predictor
-from vit_jax_zoo.inference.base import Options
+from vit_jax_zoo.inference.base import Options, read_image
 from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.initialization import Initializer
 from vit_jax_zoo.training.checkpoint import restore_variables
@@ -87,7 +87,7 @@ def test_finetuned_run_classifies_folder(finetuned, folder):
   outcome, workdir = finetuned
   predictor = create_predictor(load(str(workdir)), Options(top_k=3))
   files = sorted((folder / "test").rglob("*.jpg"))
-  tops = [predictor(predict.read_image(file)).record["top"] for file in files]
+  tops = [predictor(read_image(file)).record["top"] for file in files]
   correct = [top[0]["name"] == file.parent.name for top, file in zip(tops, files, strict=True)]
   assert np.mean(correct) == pytest.approx(outcome.scores["test/accuracy"])
   assert sorted(entry["name"] for entry in tops[0]) == ["blue", "green", "red"]
@@ -233,7 +233,7 @@ def test_best_checkpoint_exported_with_class_names(photo_run, photo_folder, tmp_
     test = load_source(f"folder:{photo_folder}", "test")
     files = [pathlib.Path(test.example_name(i)) for i in range(len(test))]
     readable = [file for file in files if "truncated" not in file.name and file.stem != "renamed"]
-    predicted = [predictor(predict.read_image(file)).record["top"][0]["name"] for file in readable]
+    predicted = [predictor(read_image(file)).record["top"][0]["name"] for file in readable]
     correct = [name == file.parent.name for name, file in zip(predicted, readable, strict=True)]
     assert np.mean(correct) == pytest.approx(outcome.scores["best/test/accuracy"], abs=0.1)
 

@@ -1,7 +1,8 @@
 """Six vision papers in JAX, one training loop: ViT, iGPT, LambdaResNet, DETR, TTSR, FPT.
 
+* `predictor("runs/detr_demo")("a.jpg")`: the result for an image, with `draw()` and `to_dict()`;
 * `create_model("vit_b16", num_classes=10)`: a Linen module;
-* `list_models("vit_*")`: the names that `create_model` takes;
+* `list_models("vit_*")`: the names that `create_model` takes, or published ones;
 * `load_pretrained("ViT-B_16.npz")`: a model with the weights of a published file or a run.
 
 The names are imported at their first use, so that `import vit_jax_zoo` is fast.
@@ -11,23 +12,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-  from vit_jax_zoo.inference.load import load_pretrained
+  from vit_jax_zoo.inference.base import Predictor, Result
+  from vit_jax_zoo.inference.load import load_pretrained, predictor
   from vit_jax_zoo.registry import create_model, list_models
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "create_model", "list_models", "load_pretrained"]
+__all__ = [
+  "Predictor", "Result", "__version__", "create_model", "list_models", "load_pretrained",
+  "predictor",
+]  # fmt: skip
 
 _MODULES = {
-  "create_model": "vit_jax_zoo.registry",
-  "list_models": "vit_jax_zoo.registry",
-  "load_pretrained": "vit_jax_zoo.inference.load",
+  "Predictor": "inference.base",
+  "Result": "inference.base",
+  "create_model": "registry",
+  "list_models": "registry",
+  "load_pretrained": "inference.load",
+  "predictor": "inference.load",
 }
 
 
 def __getattr__(name: str) -> object:
   if name not in _MODULES:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  return getattr(import_module(_MODULES[name]), name)
+  return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -17,20 +17,18 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from absl import flags, logging
 from matplotlib.figure import Figure
 from PIL import Image
 
 from vit_jax_zoo import cli
-from vit_jax_zoo.data import images
+from vit_jax_zoo.data.sources.base import CorruptExampleError
 from vit_jax_zoo.data.sources.folder import list_images, log_ignored, read_class_names
 from vit_jax_zoo.errors import escape_surrogates
 from vit_jax_zoo.figures.canvas import render
-from vit_jax_zoo.inference import create_predictor
-from vit_jax_zoo.inference.base import Options, Picture, Prediction, Predictor, list_options
+from vit_jax_zoo.inference.base import Picture, Predictor, Result, list_options, predict_each
 from vit_jax_zoo.inference.coco_json import FILES, CocoFiles, GroundTruth
-from vit_jax_zoo.inference.load import load
+from vit_jax_zoo.inference.load import predictor
 from vit_jax_zoo.training import atomic_write
 
 FLAGS = flags.FLAGS
@@ -60,21 +58,11 @@ def main(argv: Sequence[str]) -> int:
     raise ValueError("--model is missing; expected a run's folder, or a published file or name")
   paths = find_images([*FLAGS.images, *argv[1:]])
   given = [option for option in list_options() if FLAGS[option.name].present]
-  values: dict[str, Any] = {option.name: FLAGS[option.name].value for option in given}
-  values |= {o.name: read_image(values[o.name]) for o in given if o.type is pathlib.Path}
-  options = Options(**values)
-  names = read_class_names(FLAGS.class_names)
+  options = {option.name: FLAGS[option.name].value for option in given}
   truth = GroundTruth(pathlib.Path(FLAGS.coco_ids), paths) if FLAGS.coco_ids else None
-  predictor = create_predictor(load(FLAGS.model, class_names=names), options)
-  check_options(predictor, options)
-  return predict_all(predictor, paths, pathlib.Path(FLAGS.output), truth)
-
-
-def check_options(predictor: Predictor, options: Options) -> None:
-  """Raises ValueError if an option was given that the model's task does not support."""
-  if unread := sorted(options.given - predictor.reads):
-    supported = ", ".join(f"--{option}" for option in sorted(predictor.reads))
-    raise ValueError(f"--{unread[0]}: not supported by this model's task; expected {supported}")
+  names = read_class_names(FLAGS.class_names)
+  found = predictor(FLAGS.model, class_names=names, **options)
+  return predict_all(found, paths, pathlib.Path(FLAGS.output), truth)
 
 
 def find_images(given: Sequence[str]) -> list[pathlib.Path]:
@@ -97,17 +85,8 @@ def find_images(given: Sequence[str]) -> list[pathlib.Path]:
   return list(found)
 
 
-def read_image(path: pathlib.Path | str) -> np.ndarray:
-  """Decodes an image file as training does: uint8 [h w 3]; see docs/IMAGES.md."""
-  data = images.read_file(path)
-  try:
-    return images.decode_image(data)
-  except images.CorruptExampleError as error:
-    raise images.CorruptExampleError(f"{path} cannot be read: {error}") from None
-
-
 def predict_all(
-  predictor: Predictor,
+  model: Predictor,
   paths: Sequence[pathlib.Path],
   output: pathlib.Path,
   truth: GroundTruth | None = None,
@@ -127,24 +106,22 @@ def predict_all(
   failed, begin = 0, time.monotonic()
   lines = output / RECORDS
   lines.unlink(missing_ok=True)
-  for done, path in enumerate(paths, start=1):
+  results = predict_each(model, paths)
+  for done, (path, (image, result)) in enumerate(zip(paths, results, strict=True), start=1):
     name = escape_surrogates(str(path))
     base: dict[str, Any] = {"image": name}
     if truth is not None:
       base["image_id"] = truth.image_ids.get(name)
-    try:
-      image = read_image(path)
-      prediction = predictor(image)
-    except ValueError as error:
+    if image is None or isinstance(result, ValueError):
       failed += 1
-      message = escape_surrogates(" ".join(str(error).split()))
+      message = escape_surrogates(" ".join(str(result).split()))
       record = {**base, "error": message}
-      has_path = isinstance(error, images.CorruptExampleError)
+      has_path = isinstance(result, CorruptExampleError)
       logging.error("%s", message if has_path else f"{name}: {message}")
     else:
-      prefix, files = pictures.write(escape_surrogates(path.stem), prediction)
-      record = {**base, "pictures": files, **prediction.record}
-      collected.add(name, prefix, image, prediction)
+      prefix, files = pictures.write(escape_surrogates(path.stem), result)
+      record = {**base, "pictures": files, **result.record}
+      collected.add(name, prefix, image, result)
     records.append(record)
     with lines.open("a") as stream:
       stream.write(json.dumps(record) + "\n")
@@ -165,13 +142,15 @@ class PictureFiles:
     self._taken = {path.name for path in folder.iterdir()} - _marked(folder)
     self._model_pictures: dict[str, str] = {}
 
-  def write(self, stem: str, prediction: Prediction) -> tuple[str, list[str]]:
+  def write(self, stem: str, result: Result) -> tuple[str, list[str]]:
     """Writes an image's pictures; returns the prefix of their names (`stem_2`), and the names."""
-    written, pictures = self._model_pictures, prediction.model_pictures
-    if new := {k: picture for k, picture in pictures.items() if k not in written}:
+    written, (own, of_model) = self._model_pictures, ({}, {})
+    for name, picture in result.pictures.items():
+      (of_model if name.startswith("model_") else own)[name.removeprefix("model_")] = picture
+    if new := {k: picture for k, picture in of_model.items() if k not in written}:
       written |= self._write("model", new)[1]
-    prefix, names = self._write(stem, prediction.pictures)
-    return prefix, [*names.values(), *(written[k] for k in pictures)]
+    prefix, names = self._write(stem, own)
+    return prefix, [*names.values(), *(written[k] for k in of_model)]
 
   def _write(self, stem: str, pictures: Mapping[str, Picture]) -> tuple[str, dict[str, str]]:
     while len(os.fsencode(stem)) > _MAX_BYTES:

@@ -197,9 +197,15 @@ def family_of(model: Any) -> str:
   raise ValueError(f"{type(model).__name__}: not a model class of this package")
 
 
-def list_models(pattern: str = "*") -> list[str]:
-  """Returns the model names that match a shell pattern such as "vit_*", sorted."""
-  every = (name for family in model_classes() for name in variants(family))
+def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
+  """Returns the model names that match a shell pattern such as "vit_*", sorted.
+
+  With `pretrained`, the names of published weights, which `load_pretrained` and `predictor` take.
+  """
+  if pretrained:
+    every = (n for table in load_from_each("published") for n, e in table.items() if e.model)
+  else:
+    every = (name for family in model_classes() for name in variants(family))
   return sorted(fnmatch.filter(every, pattern))
 
 

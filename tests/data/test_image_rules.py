@@ -12,12 +12,12 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from tests.data.conftest import encode, photo
-from vit_jax_zoo import predict
 from vit_jax_zoo.data import images
 from vit_jax_zoo.data.pipeline import eval_batches, train_batches
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.sources.base import CorruptExampleError
 from vit_jax_zoo.data.transforms import build_transforms
+from vit_jax_zoo.inference.base import read_image
 
 PHOTO = photo(24, 32)
 GRAY = PHOTO[..., 0]
@@ -192,7 +192,7 @@ def read_by_folder(root, path):
 
 
 def read_by_coco(root, path):
-  height, width = predict.read_image(path).shape[:2]
+  height, width = read_image(path).shape[:2]
   image = {"id": 1, "file_name": path.name, "height": height, "width": width}
   box = {"id": 1, "image_id": 1, "category_id": 0, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 0}
   data = {"images": [image], "annotations": [box], "categories": [{"id": 0, "name": "a"}]}
@@ -205,7 +205,7 @@ def read_by_coco(root, path):
 
 
 def read_by_segmentation(root, path):
-  labels = np.zeros(predict.read_image(path).shape[:2], np.uint8)
+  labels = np.zeros(read_image(path).shape[:2], np.uint8)
   (root / "labels").mkdir()
   Image.fromarray(labels).save(root / "labels" / f"{path.stem}.png")
   (root / "annotations" / "train").mkdir(parents=True)
@@ -234,7 +234,7 @@ def test_all_paths_decode_equally(name, tmp_path):
   if expected is not None:
     assert pixels.shape == expected.shape
     assert np.abs(pixels.astype(int) - expected).max() <= 2
-  np.testing.assert_array_equal(predict.read_image(path), pixels)
+  np.testing.assert_array_equal(read_image(path), pixels)
   for number, through in enumerate(
     (read_by_folder, read_by_coco, read_by_segmentation, read_by_pairs)
   ):

@@ -19,9 +19,9 @@ def test_compiled_sizes_are_bounded(monkeypatch):
   assert compiled == [1, 2, 3, 4, 1]
 
 
-def test_padded_batch_keeps_the_size_of_the_image():
+def test_pad_example_keeps_the_size_of_the_image():
   example = {"image": np.ones((5, 8, 3), np.float32)}
-  batch = image_sizes.padded_batch(example, lambda side: -(-side // 4) * 4)
-  assert batch["image"].shape == (1, 8, 8, 3)
-  assert batch["image"].sum() == 5 * 8 * 3
-  assert batch["image_size"].tolist() == [[5, 8]]
+  padded = image_sizes.pad_example(example, lambda side: -(-side // 4) * 4)
+  assert padded["image"].shape == (8, 8, 3)
+  assert padded["image"].sum() == 5 * 8 * 3
+  assert padded["image_size"].tolist() == [5, 8]

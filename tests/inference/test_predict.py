@@ -17,7 +17,13 @@ from vit_jax_zoo import load_pretrained, predict
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.inference import create_predictor
-from vit_jax_zoo.inference.base import Options, Prediction, list_options
+from vit_jax_zoo.inference.base import (
+  Options,
+  Predictor,
+  Result,
+  list_options,
+  read_image,
+)
 from vit_jax_zoo.inference.load import _Run, load
 from vit_jax_zoo.registry import registry_of
 from vit_jax_zoo.run_metadata import RunData
@@ -33,7 +39,7 @@ def predictor_of(path, **options):
   return create_predictor(load(str(path)), Options(**options))
 
 
-class TwoImagePredictor:
+class TwoImagePredictor(Predictor):
   """A predictor with two output images per input and one of the model."""
 
   reads = frozenset()
@@ -41,9 +47,15 @@ class TwoImagePredictor:
   def __init__(self, trained=None, options=None):
     pass
 
-  def __call__(self, image):
-    pictures = {"": image, "attention": image}
-    return Prediction({"mean": float(image.mean())}, pictures, model_pictures={"filters": image})
+  def prepare(self, image):
+    return {"image": image}
+
+  def predict(self, images, batch):
+    return [self.result(image) for image in images]
+
+  def result(self, image):
+    pictures = dict.fromkeys(("", "attention", "model_filters"), image)
+    return Result({"mean": float(image.mean())}, lambda: pictures)
 
 
 def images_in(folder, *names):
@@ -134,7 +146,7 @@ def test_irregular_files_raise(tmp_path):
   os.mkfifo(tmp_path / "a.jpg")
   for path, reason in ((tmp_path / "a.jpg", "not a regular file"), (tmp_path / "b.jpg", "No such")):
     with pytest.raises(ValueError, match=rf"{path} .*\({reason}"):
-      predict.read_image(path)
+      read_image(path)
 
 
 def test_run_prediction_equals_evaluation(vit_run):
@@ -200,8 +212,8 @@ def test_published_file_uses_own_preprocessing():
 def test_transformer_explanations(vit_run):
   for path, viewer in ((golden_folder("vit_a") / "weights.npz", "class token"), (vit_run, "mean")):
     prediction = predictor_of(path, explain=True)(photo())
-    assert set(prediction.pictures) == {"", "attention", "heads", "distances"}
-    assert set(prediction.model_pictures) == {"positions", "filters"}
+    of_model = {"model_positions", "model_filters"}
+    assert set(prediction.pictures) == {"", "attention", "heads", "distances"} | of_model
     titles = [text.get_text() for text in prediction.pictures["attention"].texts]
     assert titles[0] == "Attention"
     assert viewer in titles[1]
@@ -236,7 +248,7 @@ def test_lambda_maps_drawn(tmp_path):
   assert [ax.get_xlabel() for ax in axes[1:]] == [
     "c4 block1, 4 × 4", "c5 block0, 4 × 4", "c5 block1, 2 × 2",
   ]  # fmt: skip
-  assert set(prediction.model_pictures) == {"filters"}
+  assert set(prediction.pictures) == {"", "lambdas", "model_filters"}
 
 
 def test_completion_of_half_image(igpt_run, tmp_path):
@@ -271,7 +283,7 @@ def test_options_of_all_predictors():
 
 def test_unsupported_options_raise(vit_run, igpt_run, tmp_path):
   with pytest.raises(ValueError, match=r"--samples: .*--explain"):
-    predict.check_options(predictor_of(vit_run), Options(samples=3))
+    predictor_of(vit_run, samples=3)
   with pytest.raises(ValueError, match="--prefix_fraction"):
     predictor_of(igpt_run, prefix_fraction=2.0)
   with pytest.raises(ValueError, match="has no classifier"):

@@ -293,7 +293,7 @@ def _decode_with_pillow(data: bytes) -> Pixels:
         is_opaque = np.not_equal(samples, clear).any(2)
         del image.info["transparency"]
         image.putalpha(Image.fromarray(is_opaque))
-      return _to_rgb(ImageOps.exif_transpose(image), image.info.get("icc_profile"))
+      return from_pillow(image)
   except Exception as error:  # decoders raise many types
     raise CorruptExampleError(_reason(error, data)) from error
 
@@ -303,8 +303,10 @@ def _reason(error: Exception, data: bytes) -> str:
   return f"{'not an image' if not text or 'BytesIO' in text else text} ({len(data)} bytes)"
 
 
-def _to_rgb(image: Image.Image, icc: bytes | None) -> Pixels:
-  alpha = None
+def from_pillow(image: Image.Image) -> Pixels:
+  """Returns an image opened by Pillow as upright sRGB, by the rules of docs/IMAGES.md."""
+  icc, alpha = image.info.get("icc_profile"), None
+  image = ImageOps.exif_transpose(image)
   if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16: the upper byte
     samples = np.asarray(image).astype(np.int64)
     alpha = Image.fromarray(samples != image.info.get("transparency")).convert("L")

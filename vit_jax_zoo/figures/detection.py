@@ -155,6 +155,21 @@ def draw_boxes(
       ax.text(left, bottom, name, va="bottom", fontsize=8, color=text_color, bbox=frame)
 
 
+def draw_detections(
+  image: UInt8[np.ndarray, "h w 3"],
+  boxes_xyxy: Float[np.ndarray, "n 4"],
+  captions: Sequence[str],
+  labels: Int[np.ndarray, " n"],
+  title: str,
+) -> Figure:
+  """Draws one image with captioned boxes, given by falling score."""
+  figure, axes = grid(1, 1, title, image[None])
+  figure.set_size_inches(7, 0.5 + 7 * image.shape[0] / image.shape[1])
+  show(axes[0, 0], image)
+  draw_boxes(axes[0, 0], boxes_xyxy[::-1], captions[::-1], labels[::-1])  # highest score on top
+  return figure
+
+
 def draw_masks(
   batch: Mapping[str, Any],
   predictions: Mapping[str, Any],

@@ -1,6 +1,9 @@
-"""Prediction for single images: the protocol (`base`), and a predictor per task."""
+"""Prediction for images: the protocol (`base`), and a predictor per task."""
 
+import dataclasses
 from typing import TYPE_CHECKING
+
+import jax
 
 from vit_jax_zoo.registry import registry_of
 
@@ -10,5 +13,9 @@ if TYPE_CHECKING:
 
 def create_predictor(trained: "Trained", options: "Options") -> "Predictor":
   """Returns the predictor of a model's task; ValueError without one, or for an invalid option."""
-  predictors = registry_of("task to predict with", "predictors")
-  return predictors[trained.task.name](trained, options)
+  kind = registry_of("task to predict with", "predictors")[trained.task.name]
+  if unread := sorted(options.given - kind.reads):
+    supported = ", ".join(f"--{option}" for option in sorted(kind.reads))
+    raise ValueError(f"--{unread[0]}: not supported by this model's task; expected {supported}")
+  trained = dataclasses.replace(trained, variables=jax.device_put(trained.variables))
+  return kind(trained, options)

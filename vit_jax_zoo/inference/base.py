@@ -1,19 +1,32 @@
-"""The predictor protocol: from one image to the outputs of `vit_jax_zoo.predict`."""
+"""The predictor protocol: from images to results, in batches."""
 
+import abc
+import collections
+import concurrent.futures
+import copy
 import dataclasses
+import functools
+import io
+import itertools
+import os
 import types
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias, overload
 
 import numpy as np
+import PIL.Image
+from faster_coco_eval.core import mask as run_lengths
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
+from vit_jax_zoo.data import images as image_files
 from vit_jax_zoo.errors import check_names
+from vit_jax_zoo.figures.canvas import render
 from vit_jax_zoo.registry import CORE, Option, systems
 from vit_jax_zoo.tasks.base import Task, Variables
 
 Image: TypeAlias = UInt8[np.ndarray, "h w 3"]  # A user's picture, decoded: RGB, upright, any size
+ImageLike: TypeAlias = str | os.PathLike | PIL.Image.Image | np.ndarray  # see `read_image`
 
 Picture: TypeAlias = Figure | np.ndarray  # written as PNG; pixels are uint8 [h w 3], or [h w]
 
@@ -51,27 +64,184 @@ class Options(types.SimpleNamespace):
     super().__init__(**{**defaults, **given}, given=frozenset(given))
 
 
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-  """Prediction for one image."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+  """Prediction for one image. What the task does not predict is empty or None.
 
-  record: dict[str, Any]  # JSON values by name; `predict` adds the image's path
-  pictures: Mapping[str, Picture]  # by suffix: "" is `<image>.png`, "x" is `<image>_x.png`
+  `draw` returns a picture of it, `to_dict` its JSON values; a notebook displays the picture.
+  """
+
+  record: dict[str, Any]  # JSON values by name
+  # Called once, when needed: "" is `<image>.png` of `predict`, "x" `<image>_x.png`, and "model_x",
+  # independent of the image, `model_x.png`.
+  draw_pictures: Callable[[], Mapping[str, Picture]]
+  summary: str = ""  # in one line
+  labels: Sequence[str] = ()  # names, or numbers as text, of classes or objects, best first
+  scores: Sequence[float] = ()  # probability of each label, in [0, 1]
+  boxes: np.ndarray | None = None  # float [n 4] of each object: left, top, right, bottom, in pixels
+  mask: np.ndarray | None = None  # integers [h w]: classes, or `id` in `segments` (0: none)
+  image: np.ndarray | None = None  # uint8 [h w 3], produced by the model
   objects: Sequence[Mapping[str, Any]] | None = None  # COCO annotations without ids, with `name`
   segments: Sequence[Mapping[str, Any]] | None = None  # the same, of the picture "panoptic"
-  # Independent of the image: "filters" is `model_filters.png`, written once.
-  model_pictures: Mapping[str, Picture] = dataclasses.field(default_factory=dict)
+
+  @classmethod
+  def of_objects(
+    cls,
+    record: dict[str, Any],
+    draw_pictures: Callable[[], Mapping[str, Picture]],
+    objects: Sequence[Mapping[str, Any]],
+    **more: Any,
+  ) -> "Result":
+    """Returns the result with `labels`, `scores` and `boxes` of COCO annotations, best first."""
+    labels = [found.get("name", str(found["category_id"])) for found in objects]
+    scores = [found["score"] for found in objects]
+    boxes = np.array([found["bbox"] for found in objects], np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    parts = [f"{label} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+    count = f"{len(parts)} object{'s'[: len(parts) != 1]}"
+    summary = f"{count}: {', '.join(parts)}" if parts else count
+    fields = {"labels": labels, "scores": scores, "boxes": boxes, "objects": objects}
+    return cls(record, draw_pictures, summary, **fields, **more)
+
+  @functools.cached_property
+  def pictures(self) -> Mapping[str, Picture]:
+    """All pictures by name."""
+    return self.draw_pictures()
+
+  @property
+  def masks(self) -> np.ndarray | None:
+    """Mask of each object, bool [n h w]."""
+    outlines = [found.get("segmentation") for found in self.objects or ()]
+    if not all(outlines) or not outlines:
+      return None
+    encoded = [{**outline, "counts": outline["counts"].encode()} for outline in outlines if outline]
+    return run_lengths.decode(encoded).transpose(2, 0, 1).astype(bool)
+
+  def draw(self, name: str = "") -> PIL.Image.Image:
+    """Returns a picture, by default the main one; ValueError for an unknown name."""
+    check_names("picture", [name], self.pictures)
+    picture = self.pictures[name]
+    return PIL.Image.fromarray(render(picture) if isinstance(picture, Figure) else picture)
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns JSON values, those of `predictions.json` of `predict`."""
+    return copy.deepcopy(self.record)
+
+  def _repr_png_(self) -> bytes:
+    stream = io.BytesIO()
+    self.draw().save(stream, "PNG")
+    return stream.getvalue()
+
+  def __repr__(self) -> str:
+    return f"Result({self.summary})"
 
 
-@runtime_checkable
-class Predictor(Protocol):
-  """Maps an image to a prediction; its creation raises ValueError for invalid options."""
+class Predictor(abc.ABC):
+  """Maps images to results; its creation raises ValueError for invalid options."""
 
-  reads: ClassVar[frozenset[str]]  # names of its options; `predict` raises an error for others
+  reads: ClassVar[frozenset[str]]  # names of its options; `create_predictor` raises for others
+  batches: ClassVar[bool] = True  # False: always one image at a time
+  batch_size: int = 1  # images of one size that are predicted at once, at most
 
   def __init__(self, trained: Trained, options: Options) -> None:
     """Compiles nothing; the first image is slow."""
+    self._trained, self._options = trained, options
+    self._task: Any = trained.task
 
-  def __call__(self, image: Image) -> Prediction:
-    """Returns the prediction for an image."""
-    ...
+  def prepare(self, image: Image) -> Mapping[str, Any]:
+    """Returns the arrays of an image's example; called in threads."""
+    return self._trained.prepare(image)
+
+  @abc.abstractmethod
+  def predict(self, images: Sequence[np.ndarray], batch: Mapping[str, np.ndarray]) -> list[Result]:
+    """Returns the result of each image; the batch of their examples may have further rows."""
+
+  @overload
+  def __call__(self, images: ImageLike) -> Result: ...
+  @overload
+  def __call__(self, images: Iterable[ImageLike]) -> list[Result]: ...
+  def __call__(self, images: Any) -> Any:
+    """Returns the result of an image, or a list of the results of several, computed in batches.
+
+    An image is a path, a PIL image or an RGB array, uint8 [h w 3]. ValueError for one that cannot
+    be read or predicted.
+    """
+    is_file = isinstance(images, str | os.PathLike | PIL.Image.Image)
+    is_single = is_file or getattr(images, "ndim", 0) in (2, 3)
+    results: list[Result] = []
+    for _, result in predict_each(self, [images] if is_single else images):
+      if isinstance(result, ValueError):
+        raise result
+      results.append(result)
+    return results[0] if is_single else results
+
+
+def read_image(source: ImageLike) -> Image:
+  """Returns the pixels of a file, a PIL image or an array; see docs/IMAGES.md. ValueError without.
+
+  Files and PIL images are decoded as in training; an array must be uint8 [h w 3], RGB, or [h w].
+  """
+  if isinstance(source, PIL.Image.Image):
+    return image_files.from_pillow(source)
+  if isinstance(source, str | os.PathLike):
+    data = image_files.read_file(source)
+    try:
+      return image_files.decode_image(data)
+    except image_files.CorruptExampleError as error:
+      wrong = f"{os.fspath(source)} cannot be read: {error}"
+      raise image_files.CorruptExampleError(wrong) from None
+  array = np.asarray(source)
+  if array.dtype != np.uint8 or not (array.ndim == 2 or array.shape[2:] == (3,)) or not array.size:
+    raise ValueError(f"image: {array.dtype} {array.shape}; expected uint8 [h w 3] (RGB) or [h w]")
+  return array if array.ndim == 3 else np.stack([array] * 3, axis=2)
+
+
+def predict_each(
+  predictor: Predictor, sources: Iterable[ImageLike], workers: int = 2
+) -> Iterator[tuple[Image | None, Result | ValueError]]:
+  """Yields each source's image and result in order; or the error, if it cannot be predicted.
+
+  `workers` threads read and prepare the images of the next batch; later ones are not held.
+  """
+
+  def _load(source: ImageLike) -> tuple[Image | None, Any]:
+    try:
+      image = read_image(source)
+      return image, predictor.prepare(image)
+    except ValueError as error:
+      return None, error
+
+  size, remaining, waiting = predictor.batch_size, iter(sources), collections.deque()
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    while True:
+      ahead = itertools.islice(remaining, 2 * size - len(waiting))
+      waiting.extend(pool.submit(_load, source) for source in ahead)
+      loaded = [waiting.popleft().result() for _ in range(min(size, len(waiting)))]
+      if not loaded:
+        return
+      results = _predict_groups(predictor, loaded)
+      yield from ((image, results[i]) for i, (image, _) in enumerate(loaded))
+
+
+def _predict_groups(
+  predictor: Predictor, loaded: Sequence[tuple[Any, Any]]
+) -> dict[int, Result | ValueError]:
+  """Predicts the examples of equal shapes together; returns results and errors by index."""
+  results: dict[int, Result | ValueError] = {}
+  groups: dict[Any, list[int]] = collections.defaultdict(list)
+  for i, (_, example) in enumerate(loaded):
+    if isinstance(example, ValueError):
+      results[i] = example
+    else:
+      groups[tuple(sorted((key, np.shape(value)) for key, value in example.items()))].append(i)
+  for shapes, members in groups.items():
+    # Powers of two, the last row repeated: few programs are compiled.
+    rows = min(predictor.batch_size, 1 << (len(members) - 1).bit_length())
+    padded = [*members, *members[-1:] * (rows - len(members))]
+    batch = {key: np.stack([loaded[i][1][key] for i in padded]) for key, _ in shapes}
+    pictures = [image for i in members if (image := loaded[i][0]) is not None]
+    try:
+      results |= zip(members, predictor.predict(pictures, batch), strict=True)
+    except ValueError as error:
+      results |= dict.fromkeys(members, error)
+  return results

@@ -1,54 +1,68 @@
 """Classification of images: the most probable classes, with explanations."""
 
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 from scipy.special import expit, softmax
 
+from vit_jax_zoo.errors import name_of
 from vit_jax_zoo.figures.classification import draw_ranking
-from vit_jax_zoo.inference.base import Image, Options, Prediction, Trained
+from vit_jax_zoo.inference.base import Image, Options, Picture, Predictor, Result, Trained
 from vit_jax_zoo.ops.images import normalize_images
 
 
-class ClassificationPredictor:
+class ClassificationPredictor(Predictor):
   """The `top_k` most probable classes; with `explain`, the figures of `Classification.explain`."""
 
   reads: ClassVar[frozenset[str]] = frozenset({"top_k", "explain"})
   listed: ClassVar[int] = 5  # classes if `top_k` is None
+  batch_size = 8
 
   def __init__(self, trained: Trained, options: Options) -> None:
     """Raises ValueError if `explain` is set and the model has no explanation."""
-    self._trained, self._options = trained, options
-    self._task: Any = trained.task
+    super().__init__(trained, options)
     self._logits = jax.jit(self._compute_logits)
     self._explain = jax.jit(self._task.explain)
     if options.explain and not hasattr(trained.model, "explain"):
       raise ValueError(f"--explain: {type(trained.model).__name__} has no explanation to draw")
 
-  def __call__(self, image: Image) -> Prediction:
+  def predict(self, images: Sequence[np.ndarray], batch: Mapping[str, np.ndarray]) -> list[Result]:
     """Returns `top`, best first: `label`, `name` if known, `probability`."""
-    prepared = np.asarray(self._trained.prepare(image)["image"])
-    logits = np.asarray(self._logits(self._trained.variables, prepared[None]))[0]
-    activation = expit if self._task.objective == "sigmoid" else softmax
-    probabilities = activation(logits.astype(np.float64))
+    logits = np.asarray(self._logits(self._trained.variables, batch["image"]), np.float64)
+    is_sigmoid = self._task.objective == "sigmoid"
+    probabilities = expit(logits) if is_sigmoid else softmax(logits, axis=-1)
+    rows = zip(images, batch["image"], probabilities, strict=False)
+    return [self._result(*row) for row in rows]
+
+  def _result(self, image: Image, prepared: np.ndarray, probabilities: np.ndarray) -> Result:
     count = self.listed if self._options.top_k is None else self._options.top_k
     best = np.argsort(-probabilities, kind="stable")[: max(1, count)]
-    names = self._task.class_names
-    scores = probabilities[best].tolist()
-    named = [{"name": names[label]} if names else {} for label in best]
-    rows = zip(best.tolist(), named, scores, strict=True)
-    top = [{"label": label, **name, "probability": score} for label, name, score in rows]
-    shown = [names[label] if names else f"class {label}" for label in best]
-    pictures: dict[str, Figure] = {"": draw_ranking(image, shown, scores)}
-    if not self._options.explain:
-      return Prediction({"top": top}, pictures)
+    names, scores = self._task.class_names, probabilities[best].tolist()
+    top = [
+      {"label": label, **({"name": names[label]} if names else {}), "probability": score}
+      for label, score in zip(best.tolist(), scores, strict=True)
+    ]
+    labels = [name_of(label, names) for label in best]
+    summary = ", ".join(f"{n} {100 * p:.1f} %" for n, p in zip(labels, scores, strict=True))
+    explained = prepared if self._options.explain else None
+    shown = labels if names else [f"class {label}" for label in labels]
+    draw = functools.partial(self._draw, image, shown, scores, explained)
+    return Result({"top": top}, draw, summary, labels, scores)
+
+  def _draw(
+    self, image: Image, names: list[str], scores: list[float], prepared: np.ndarray | None
+  ) -> dict[str, Picture]:
+    pictures: dict[str, Picture] = {"": draw_ranking(image, names, scores)}
+    if prepared is None:
+      return pictures
     explanation = self._explain(self._trained.variables, {"image": prepared[None]})
     explained = self._task.draw_explanation(jax.device_get(explanation))
-    pictures |= dict(explained.images)
-    return Prediction({"top": top}, pictures, model_pictures=explained.model)
+    of_model = {f"model_{name}": picture for name, picture in explained.model.items()}
+    return {**pictures, **explained.images, **of_model}
 
   def _compute_logits(self, variables: Any, image: Any) -> Any:
     images = normalize_images(jnp.asarray(image), self._task.image_mean, self._task.image_std)

@@ -18,7 +18,7 @@ from absl import logging
 
 from vit_jax_zoo.data.sources.coco_file import read_images
 from vit_jax_zoo.errors import escape_surrogates
-from vit_jax_zoo.inference.base import Image, Prediction
+from vit_jax_zoo.inference.base import Image, Result
 
 FILES = ("coco.json", "coco_results.json", "coco_panoptic.json")
 _LISTED = 10
@@ -103,7 +103,7 @@ class CocoFiles:
     self._names: dict[int, str] = {}
     self._has = {"objects": False, "segments": False}
 
-  def add(self, path: str, name: str, image: Image, prediction: Prediction) -> None:
+  def add(self, path: str, name: str, image: Image, prediction: Result) -> None:
     """Adds the prediction for an image; `name` is the prefix of the names of its pictures."""
     self._has["objects"] |= prediction.objects is not None
     self._has["segments"] |= prediction.segments is not None

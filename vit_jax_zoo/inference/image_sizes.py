@@ -26,14 +26,14 @@ def jit_by_image_size(
   return run
 
 
-def padded_batch(
+def pad_example(
   example: Mapping[str, Any], round_up: Callable[[int], int]
 ) -> dict[str, np.ndarray]:
-  """Returns a batch of one example, its `image` padded with zeros at the right and bottom.
+  """Returns `image`, padded with zeros at the right and bottom, and `image_size` without padding.
 
   `round_up` maps a side to the padded one, so that images of many sizes share few programs.
   """
   image = np.asarray(example["image"])
   size = np.asarray(example.get("image_size", image.shape[:2]), np.int32)
   padding = [(0, round_up(side) - side) for side in image.shape[:2]]
-  return {"image": np.pad(image, (*padding, (0, 0)))[None], "image_size": size[None]}
+  return {"image": np.pad(image, (*padding, (0, 0))), "image_size": size}

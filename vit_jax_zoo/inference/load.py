@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from vit_jax_zoo.data.transforms import Transform, build_transforms
 from vit_jax_zoo.data.transforms.detection import ResizeShorter
 from vit_jax_zoo.data.transforms.image import CentralCrop, Resize, ResizeSmall, height_width
 from vit_jax_zoo.errors import field_names
+from vit_jax_zoo.inference import base, create_predictor
 from vit_jax_zoo.inference.base import Image, Trained
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.run_metadata import CONFIG_FILE, RunData, fill_from_data, load_run, main_evaluation
@@ -90,6 +92,31 @@ def load(
     image_size=preprocess.image_size if preprocess.has_fixed_size else None,
     model_name=epath.Path(path).name or path,
   )
+
+
+def predictor(
+  model: str, *, batch_size: int | None = None, class_names: Sequence[str] = (), **options: Any
+) -> base.Predictor:
+  """Returns a predictor of images: `predictor("runs/detr_demo")("a.jpg")`, see `Predictor`.
+
+  Args:
+    model: a run, a published file or folder, or a name of `list_models(pretrained=True)`.
+    batch_size: images of one size that are predicted at once; None: 8 for classifiers, else 1.
+    class_names: names in order, for files without them.
+    **options: flags of `python -m vit_jax_zoo.predict` for the model's task: `top_k`, `explain`,
+      `threshold`, `reference` (an image), ...
+
+  Raises:
+    ValueError: an option is invalid or not of the model's task, or `load` cannot read the model.
+  """
+  if batch_size is not None and batch_size < 1:
+    raise ValueError(f"batch_size: {batch_size}; expected at least 1")
+  images = {option.name for option in base.list_options() if option.type is pathlib.Path}
+  given = {k: base.read_image(v) if k in images else v for k, v in options.items()}
+  created = create_predictor(load(model, class_names=class_names), base.Options(**given))
+  if batch_size is not None and created.batches:
+    created.batch_size = batch_size
+  return created
 
 
 def task_of(pretrained: Pretrained) -> Task:
@@ -172,7 +199,7 @@ class _Run:
 
   def transforms(self) -> tuple[Transform, ...]:
     transforms = build_transforms(self._evaluation().get("transforms", []))
-    return tuple(transform for transform in transforms if not transform.is_target)
+    return tuple(t for t in transforms if not (t.is_target or t.name == "decode"))
 
   def prepare(self) -> Callable[[Image], Mapping[str, Any]]:
     """Returns the function from a user's image to an example of an evaluation."""

@@ -1,19 +1,21 @@
 """Prediction of label maps: overlay, label map, class fractions."""
 
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import cv2
 import jax
 import numpy as np
 
-from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
+from vit_jax_zoo.inference.base import Image, Options, Picture, Predictor, Result, Trained
 from vit_jax_zoo.inference.image_sizes import jit_by_image_size
 from vit_jax_zoo.systems.fpt.figures import color_labels
 
 OPACITY = 0.55  # of the class colors in the overlay
 
 
-class SegmentationPredictor:
+class SegmentationPredictor(Predictor):
   """Most likely class of each pixel; with `explain` also attention maps of the image's centre."""
 
   reads: ClassVar[frozenset[str]] = frozenset({"explain"})
@@ -21,34 +23,53 @@ class SegmentationPredictor:
   def __init__(self, trained: Trained, options: Options) -> None:
     if options.explain and getattr(trained.model, "neck", None) != "fpt":
       raise ValueError("--explain: a model without transformer has no attention maps")
-    self._trained, self._explain = trained, options.explain
-    self._task: Any = trained.task
+    super().__init__(trained, options)
     self._predict = jit_by_image_size(self._task.predict)
 
-  def __call__(self, image: Image) -> Prediction:
+  def prepare(self, image: Image) -> dict[str, np.ndarray]:
+    """Returns `image`, and `image_size` if it is padded."""
+    prepared = self._trained.prepare(image)
+    return {key: np.asarray(prepared[key]) for key in ("image", "image_size") if key in prepared}
+
+  def predict(self, images: Sequence[np.ndarray], batch: Mapping[str, np.ndarray]) -> list[Result]:
     """Returns `classes`, largest first, and images in the input's size.
 
     Each class has `label`, `name` if known, `fraction` of the pixels, and their mean `confidence`.
     Images: "" the overlay, "labels" the colored label map, "ids" the label map as class ids; with
     `explain` "levels", the attention maps.
     """
-    prepared = self._trained.prepare(image)
-    example = {key: np.asarray(prepared[key]) for key in {"image", "image_size"} & prepared.keys()}
-    batch = {key: value[None] for key, value in example.items()}
     found = jax.device_get(self._predict(self._trained.variables, batch))
+    maps = zip(found["label_map"], found["confidence"], strict=True)
+    rows = ({key: value[i] for key, value in batch.items()} for i in range(len(images)))
+    return [self._result(*row) for row in zip(images, rows, maps, strict=False)]
+
+  def _result(
+    self, image: Image, example: dict[str, np.ndarray], maps: tuple[np.ndarray, np.ndarray]
+  ) -> Result:
     height, width = example.get("image_size", example["image"].shape[:2])
-    ids = found["label_map"][0].astype(np.uint8)  # there are at most 255 classes
-    labels = _resized(ids[:height, :width], image, cv2.INTER_NEAREST_EXACT)
-    confidence = _resized(found["confidence"][0][:height, :width], image, cv2.INTER_LINEAR)
+    label_map, confidence = (values[:height, :width] for values in maps)
+    ids = label_map.astype(np.uint8)  # there are at most 255 classes
+    labels = _resized(ids, image, cv2.INTER_NEAREST_EXACT)
+    classes = self._classes(labels, _resized(confidence, image, cv2.INTER_LINEAR))
+    names = [str(entry.get("name", entry["label"])) for entry in classes]
+    parts = [f"{n} {100 * c['fraction']:.1f} %" for n, c in zip(names, classes, strict=True)]
+    explained = example["image"][:height, :width] if self._options.explain else None
+    draw = functools.partial(self._draw, image, labels, explained)
+    scores = [entry["confidence"] for entry in classes]
+    return Result({"classes": classes}, draw, ", ".join(parts), names, scores, mask=labels)
+
+  def _draw(
+    self, image: Image, labels: np.ndarray, explained: np.ndarray | None
+  ) -> dict[str, Picture]:
     colors = color_labels(labels.astype(np.int32))
     gray = image.astype(np.float32).mean(axis=-1, keepdims=True)
     overlay = np.rint((1 - OPACITY) * gray + OPACITY * colors).astype(np.uint8)
     pictures: dict[str, Picture] = {"": overlay, "labels": colors, "ids": labels}
-    if self._explain:
-      shown = {"image": example["image"][None, :height, :width]}
+    if explained is not None:
+      shown = {"image": explained[None]}
       explanation = jax.jit(self._task.explain)(self._trained.variables, shown)
       pictures["levels"] = self._task.draw_explanation(jax.device_get(explanation)).images["levels"]
-    return Prediction({"classes": self._classes(labels, confidence)}, pictures)
+    return pictures
 
   def _classes(self, labels: np.ndarray, confidence: np.ndarray) -> list[dict[str, Any]]:
     names = self._task.class_names

@@ -1,18 +1,23 @@
 """Image completion, as in the iGPT paper's figures."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
-from vit_jax_zoo.inference.base import Image, Options, Prediction, Trained
+from vit_jax_zoo.inference.base import Options, Picture, Predictor, Result, Trained
 from vit_jax_zoo.systems.igpt.figures import draw_completions, keep_pixels
 
 
-class CompletionPredictor:
-  """Keeps the top rows of an image as the prefix, and samples the rest several times."""
+class CompletionPredictor(Predictor):
+  """Keeps the top rows of an image as the prefix, and samples the rest several times.
 
+  One image at a time: random numbers depend on the batch.
+  """
+
+  batches = False
   reads: ClassVar = frozenset({"prefix_fraction", "samples", "temperature", "top_k", "seed"})
 
   def __init__(self, trained: Trained, options: Options) -> None:
@@ -29,28 +34,32 @@ class CompletionPredictor:
       raise ValueError(f"completions: {given}; expected {limits}")
     if options.top_k is not None and options.top_k < 1:
       raise ValueError(f"--top_k: {options.top_k}; expected at least 1")
-    self._trained, self._fraction = trained, options.prefix_fraction
+    super().__init__(trained, options)
     sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "seed")}
-    task: Any = trained.task
-    task = dataclasses.replace(task, completions=options.samples, **sampling)
+    task = dataclasses.replace(self._task, completions=options.samples, **sampling)
     self._predict = jax.jit(task.predict)
 
-  def __call__(self, image: Image) -> Prediction:
+  def predict(self, images: Sequence[np.ndarray], batch: Mapping[str, np.ndarray]) -> list[Result]:
     """Returns `given`, the number of pixels of the prefix, and `nats`, the mean loss of all pixels.
 
     Pictures: "" the figure, "samples" the prefix, the completions and the original side by side.
     """
-    prepared = np.asarray(self._trained.prepare(image)["image"])
-    height, width = prepared.shape[:2]
-    given = np.array([round(self._fraction * height) * width])
-    batch = {"image": prepared[None], "prefix_length": given}
-    found = jax.device_get(self._predict(self._trained.variables, batch))
+    del images
+    height, width = batch["image"].shape[1:3]
+    given = np.array([round(self._options.prefix_fraction * height) * width])
+    inputs = {"image": batch["image"], "prefix_length": given}
+    found = jax.device_get(self._predict(self._trained.variables, inputs))
     quantized, completions = found["quantized"], found["completions"]
     pictures = [keep_pixels(quantized[0], int(given[0])), *completions[0], quantized[0]]
     gap = np.full((height, 2, 3), 255, np.uint8)
     strip = np.concatenate([part for picture in pictures for part in (picture, gap)][:-1], axis=1)
     scale = max(1, 96 // height)
     strip = strip.repeat(scale, axis=0).repeat(scale, axis=1)
-    record = {"given": int(given[0]), "pixels": height * width, "nats": float(found["nats"][0])}
-    figure = draw_completions(quantized, given, completions)
-    return Prediction(record, {"": figure, "samples": strip})
+    nats = float(found["nats"][0])
+    record = {"given": int(given[0]), "pixels": height * width, "nats": nats}
+
+    def draw() -> dict[str, Picture]:
+      return {"": draw_completions(quantized, given, completions), "samples": strip}
+
+    summary = f"{nats:.3f} nats per pixel, {len(completions[0])} completions of {given[0]} pixels"
+    return [Result(record, draw, summary, image=strip)]

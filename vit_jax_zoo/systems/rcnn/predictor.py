@@ -1,5 +1,6 @@
 """Prediction of objects with a two-stage detector: boxes, and masks with a mask head."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -7,15 +8,15 @@ import numpy as np
 from faster_coco_eval.core import mask as run_lengths
 
 from vit_jax_zoo.errors import name_of
-from vit_jax_zoo.figures import detection as draw
-from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
+from vit_jax_zoo.figures.detection import draw_detections, draw_predicted_masks
+from vit_jax_zoo.inference.base import Image, Options, Picture, Predictor, Result, Trained
 from vit_jax_zoo.inference.coco_json import box_annotation
-from vit_jax_zoo.inference.image_sizes import jit_by_image_size, padded_batch
+from vit_jax_zoo.inference.image_sizes import jit_by_image_size, pad_example
 from vit_jax_zoo.metrics.mask_ap import encode_masks
 from vit_jax_zoo.ops.mask_paste import paste_masks
 
 
-class InstancePredictor:
+class InstancePredictor(Predictor):
   """Objects with a score of at least `threshold`, as records and annotated images.
 
   With `explain` also the neck's attention maps of the best object's centre.
@@ -24,62 +25,78 @@ class InstancePredictor:
   reads: ClassVar[frozenset[str]] = frozenset({"threshold", "explain"})
 
   def __init__(self, trained: Trained, options: Options) -> None:
-    self._trained, self._options = trained, options
-    self._task: Any = trained.task
+    super().__init__(trained, options)
     if options.explain and not hasattr(getattr(trained.model, "neck_class", None), "explain"):
       raise ValueError("--explain: the model's neck has no attention maps; leave --explain out")
     self._predict = jit_by_image_size(self._task.predict)
 
-  def __call__(self, image: Image) -> Prediction:
+  def prepare(self, image: Image) -> dict[str, np.ndarray]:
+    """Returns `image`, padded; `image_size` without padding; `original_size`."""
+    multiple = self._task.model.size_multiple
+    padded = pad_example(self._trained.prepare(image), lambda side: -(-side // multiple) * multiple)
+    return padded | {"original_size": np.array(image.shape[:2], np.int32)}
+
+  def predict(self, images: Sequence[np.ndarray], batch: Mapping[str, np.ndarray]) -> list[Result]:
     """Returns `objects`, highest score first.
 
     Each has `label`, `name` if known, `score`, `box` (left, top, right, bottom in pixels of the
     image), and with a mask head `mask`: `size` and `counts`, COCO's compressed run lengths. Images:
     "" boxes, "masks" masks, with `explain` "levels", attention maps.
     """
-    prepared, multiple = self._trained.prepare(image), self._task.model.size_multiple
-    batch = padded_batch(prepared, lambda side: -(-side // multiple) * multiple)
-    batch["original_size"] = np.array([image.shape[:2]], np.int32)
     found = jax.tree.map(np.asarray, self._predict(self._trained.variables, batch))
-    confident = found["is_object"][0] & (found["scores"][0] >= self._options.threshold)
-    names = self._task.class_names
-    labels, scores, boxes = (found[key][0][confident] for key in ("labels", "scores", "boxes_xyxy"))
+    results = []
+    for i, image in enumerate(images):
+      height, width = batch["image_size"][i]
+      row = {key: value[i] for key, value in found.items()}
+      results.append(self._result(image, batch["image"][i, :height, :width], row))
+    return results
+
+  def _result(self, image: Image, prepared: np.ndarray, found: dict[str, np.ndarray]) -> Result:
+    confident = found["is_object"] & (found["scores"] >= self._options.threshold)
+    class_names = self._task.class_names
+    labels, scores, boxes = (found[key][confident] for key in ("labels", "scores", "boxes_xyxy"))
     objects: list[dict[str, Any]] = [
       {
         "label": int(label),
-        **({"name": names[label]} if label < len(names) else {}),
+        **({"name": class_names[label]} if label < len(class_names) else {}),
         "score": float(score),
         "box": [float(x) for x in box],
       }
       for label, score, box in zip(labels, scores, boxes, strict=True)
     ]
-    captions = [f"{name_of(i, names)} {score:.0%}" for i, score in zip(labels, scores, strict=True)]
-    title = f"{len(boxes)} predicted at {self._options.threshold:.0%} or more"
-    figure, axes = draw.grid(1, 1, title, image[None])
-    figure.set_size_inches(7, 0.5 + 7 * image.shape[0] / image.shape[1])
-    draw.show(axes[0, 0], image)
-    draw.draw_boxes(axes[0, 0], boxes[::-1], captions[::-1], labels[::-1])  # the best on top
-    pictures: dict[str, Picture] = {"": figure}
-    if self._options.explain:
-      box = boxes[0] if len(boxes) else np.array([0, 0, image.shape[1], image.shape[0]])
-      center = (box[[1, 0]] + box[[3, 2]]) / 2 / image.shape[:2]
-      batch = {
-        "image": np.asarray(prepared["image"])[None],
-        "query_position": center[None].astype(np.float32),
-      }
-      explanation = jax.device_get(jax.jit(self._task.explain)(self._trained.variables, batch))
-      pictures["levels"] = self._task.draw_explanation(explanation).images["levels"]
-    if "box_masks" in found:
+    has_masks = "box_masks" in found
+    if has_masks:
       masks = paste_masks(
-        found["box_masks"][0][confident].astype(np.float64),
+        found["box_masks"][confident].astype(np.float64),
         boxes.astype(np.float64),
         (image.shape[0], image.shape[1]),
         convention=self._task.paste_convention,  # as evaluation scores them
       )
       for entry, mask in zip(objects, encode_masks(masks), strict=True):
         entry["mask"] = mask
-      pictures["masks"] = draw.draw_predicted_masks(image, masks, captions)
-    return Prediction({"objects": objects}, pictures, [_as_coco(entry) for entry in objects])
+    explained = prepared if self._options.explain else None
+
+    def draw() -> dict[str, Picture]:
+      named = zip(labels, scores, strict=True)
+      captions = [f"{name_of(label, class_names)} {score:.0%}" for label, score in named]
+      title = f"{len(boxes)} predicted at {self._options.threshold:.0%} or more"
+      pictures: dict[str, Picture] = {"": draw_detections(image, boxes, captions, labels, title)}
+      if explained is not None:
+        pictures["levels"] = self._draw_levels(image, explained, boxes)
+      if has_masks:
+        masks = np.zeros((0, *image.shape[:2]), bool) if result.masks is None else result.masks
+        pictures["masks"] = draw_predicted_masks(image, masks, captions)
+      return pictures
+
+    result = Result.of_objects({"objects": objects}, draw, [_as_coco(entry) for entry in objects])
+    return result
+
+  def _draw_levels(self, image: Image, prepared: np.ndarray, boxes: np.ndarray) -> Picture:
+    box = boxes[0] if len(boxes) else np.array([0, 0, image.shape[1], image.shape[0]])
+    center = (box[[1, 0]] + box[[3, 2]]) / 2 / image.shape[:2]
+    batch = {"image": prepared[None], "query_position": center[None].astype(np.float32)}
+    explanation = jax.device_get(jax.jit(self._task.explain)(self._trained.variables, batch))
+    return self._task.draw_explanation(explanation).images["levels"]
 
 
 def _as_coco(entry: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -20,7 +20,7 @@ from absl import logging
 from jaxtyping import Array, Num, UInt8
 
 from vit_jax_zoo.data.transforms.super_resolution import SCALE, crop_to_multiple, enlarge, shrink
-from vit_jax_zoo.inference.base import Image, Options, Prediction, Trained
+from vit_jax_zoo.inference.base import Image, Options, Picture, Predictor, Result, Trained
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.systems.ttsr.figures import draw_results
 from vit_jax_zoo.systems.ttsr.search import Match, find_matches, transfer
@@ -33,9 +33,10 @@ SEARCH_REACH = 8  # bounds the radius of the features' receptive field, 5, in pi
 _LOG_SECONDS = 10
 
 
-class SuperResolutionPredictor:
+class SuperResolutionPredictor(Predictor):
   """Enlarges images four times; the reference's features are computed once."""
 
+  batches = False
   reads: ClassVar[frozenset[str]] = frozenset({"reference", "tile"})
 
   def __init__(self, trained: Trained, options: Options) -> None:
@@ -55,10 +56,16 @@ class SuperResolutionPredictor:
     self._jitted_search = frugal(self._search)
     self._jitted_restore = frugal(self._restore)
 
-  def __call__(self, image: Image) -> Prediction:
+  def prepare(self, image: Image) -> dict[str, Image]:
+    """Returns the image as it is."""
+    return {"image": image}
+
+  def predict(self, images: Sequence[np.ndarray], batch: Mapping[str, np.ndarray]) -> list[Result]:
     """Returns the enlarged image, and a figure of the source positions of its textures."""
+    del batch
+    image = images[0]
     try:
-      return self._enlarge(image)
+      return [self._enlarge(image)]
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
       if getattr(error, "error_code_string", "RESOURCE_EXHAUSTED") != "RESOURCE_EXHAUSTED":
         raise
@@ -71,7 +78,7 @@ class SuperResolutionPredictor:
         f"{smaller if side > smallest else ''}a smaller reference"
       ) from error
 
-  def _enlarge(self, image: Image) -> Prediction:
+  def _enlarge(self, image: Image) -> Result:
     upsampled = enlarge(image, [SCALE * side for side in image.shape[:2]])
     match = self._match(upsampled)
     result, windows = self._assemble(image, match)
@@ -86,8 +93,13 @@ class SuperResolutionPredictor:
     batch = {"low_res_image": image[None], "upsampled_image": upsampled[None]}
     batch["ref_image"] = self._reference[None]
     found = {"image": result[None], "hard_attention": index[None], "soft_attention": soft[None]}
-    figure = draw_results(batch, found, title="Super-resolution, and where its textures are from")
-    return Prediction(record, {"": result, "search": figure})
+    title = "Super-resolution, and where its textures are from"
+    size = f"{result.shape[1]}x{result.shape[0]} pixels"
+
+    def draw() -> dict[str, Picture]:
+      return {"": result, "search": draw_results(batch, found, title=title)}
+
+    return Result(record, draw, f"enlarged to {size}", image=result)
 
   @functools.cached_property
   def _reference_features(self) -> tuple[Array, tuple[Array, ...]]:

@@ -1,0 +1,104 @@
+"""`zoo.predictor`: kinds of images, batches, typed results."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vit_jax_zoo as zoo
+from tests.systems.detr.files import official_file
+from vit_jax_zoo.inference import base, create_predictor
+from vit_jax_zoo.inference.load import load
+
+
+def photo(seed, height=20, width=30):
+  return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def test_image_kinds_give_one_result(vit_run, tmp_path):
+  pixels = photo(0)
+  Image.fromarray(pixels).save(tmp_path / "a.png")
+  predict = zoo.predictor(str(vit_run), top_k=2)
+  result = predict(str(tmp_path / "a.png"))
+  for image in (tmp_path / "a.png", pixels, Image.open(tmp_path / "a.png")):
+    assert predict(image).to_dict() == result.to_dict()
+  assert isinstance(result, zoo.Result)
+  assert result.labels == [entry["name"] for entry in result.to_dict()["top"]]
+  assert 1 >= result.scores[0] >= result.scores[1] >= 0
+  assert f"{result.labels[0]} {100 * result.scores[0]:.1f} %" in repr(result)
+  assert result.boxes is result.mask is result.masks is result.image is None
+  assert json.loads(json.dumps(result.to_dict())) == result.record
+  assert result._repr_png_().startswith(b"\x89PNG")
+  assert result.draw().mode == "RGB"
+  with pytest.raises(ValueError, match="picture 'heads'"):
+    result.draw("heads")
+  gray = predict(pixels[..., 0])
+  assert gray.record == predict(np.stack([pixels[..., 0]] * 3, axis=-1)).record
+
+
+def test_batches_equal_single_images(vit_run, monkeypatch):
+  images = [photo(seed) for seed in range(5)]
+  predict = zoo.predictor(str(vit_run), batch_size=4)
+  single, sizes, logits = [predict(image) for image in images], [], predict._logits
+  monkeypatch.setattr(
+    predict, "_logits", lambda variables, x: sizes.append(len(x)) or logits(variables, x)
+  )
+  for found, expected in zip(predict(iter(images)), single, strict=True):
+    assert found.labels == expected.labels
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
+  assert len(predict(np.stack(images[:3]))) == 3
+  assert sizes == [4, 1, 4]  # a batch of 3 is padded
+  assert predict([]) == []
+
+
+def test_detections_of_several_sizes_equal_single_images():
+  trained = load(official_file("detr_a"))
+  trained = base.dataclasses.replace(
+    trained, prepare=lambda image: {"image": image.astype(np.float32)}
+  )
+  predict = create_predictor(trained, base.Options(threshold=0.0))
+  images = [photo(0, 64, 96), photo(1, 90, 64), photo(2, 60, 91), photo(3, 64, 96)]
+  single = [predict(image) for image in images]
+  predict.batch_size = 4
+  for image, found, expected in zip(images, predict(images), single, strict=True):
+    assert found.labels == expected.labels
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4)
+    np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-2)
+    assert (found.boxes[:, 2:] <= [image.shape[1], image.shape[0]]).all()
+    assert repr(found).startswith(f"Result({len(found.labels)} objects: {found.labels[0]} ")
+
+
+def test_what_cannot_be_predicted_raises(vit_run, tmp_path):
+  predict = zoo.predictor(str(vit_run))
+  for image, message in (
+    (np.zeros((4, 4, 3), np.float32), r"image: float32 .*expected uint8"),
+    (np.zeros((4, 4, 4), np.uint8), r"image: uint8 \(4, 4, 4\)"),
+    (np.zeros((0, 4, 3), np.uint8), "image: "),
+    (tmp_path / "none.png", r"none\.png cannot be read"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      predict([photo(0), image])
+  with pytest.raises(ValueError, match="batch_size: 0"):
+    zoo.predictor(str(vit_run), batch_size=0)
+  with pytest.raises(ValueError, match="option 'topk'; did you mean 'top_k'"):
+    zoo.predictor(str(vit_run), topk=3)
+
+
+def test_names_of_pretrained_models():
+  names = zoo.list_models(pretrained=True)
+  assert {"vit_b16_imagenet21k", "detr_r101_coco_hub"} <= {*names}
+  assert zoo.list_models("detr*", pretrained=True) == [n for n in names if n.startswith("detr")]
+
+
+def test_package_shows_its_names_without_importing_jax():
+  """Names for `dir`, `help` and tab completion."""
+  code = (
+    "import sys, pydoc, vit_jax_zoo as zoo; names = dir(zoo); assert 'jax' not in sys.modules;"
+    "text = pydoc.plain(pydoc.render_doc(zoo));"
+    "missing = [n for n in zoo.__all__ if n not in names or n[:2] != '__' and n not in text];"
+    "assert not missing, missing"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
