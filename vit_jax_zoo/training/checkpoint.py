@@ -41,7 +41,7 @@ _UNCHECKED = (MANIFEST, ORBAX_METADATA)
 
 _BLOCK = 1 << 26  # bytes
 _WEIGHTS = np.full(512, 0x9E3779B97F4A7C15, "<u8").cumprod()  # all odd
-_CHECKSUMS, _FORMER = "checksums", "crc32"  # keys of the manifest; the latter: of earlier runs
+_CHECKSUMS = "checksums"  # key of the manifest
 
 
 class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
@@ -349,21 +349,19 @@ def _find_damage(checkpoint: epath.Path) -> str | None:
   if "://" in os.fspath(checkpoint) or not manifest.exists():
     return None
   try:
-    listed = json.loads(manifest.read_text())
-    kind = next(kind for kind in (_CHECKSUMS, _FORMER) if kind in listed)
-    expected = {**listed[kind]}
-  except (ValueError, StopIteration, TypeError, RecursionError):
+    expected = {**json.loads(manifest.read_text())[_CHECKSUMS]}
+  except (ValueError, KeyError, TypeError, RecursionError):
     return f"{MANIFEST} is not readable"
   if not expected:
     return f"{MANIFEST} lists no files"
-  found = _checksums(checkpoint, kind)
+  found = _checksums(checkpoint)
   for name, checksums in expected.items():
     if found.get(name) != checksums:
       return f"{name} {'has another checksum' if name in found else 'is missing'}"
   return None
 
 
-def _checksums(directory: epath.Path, kind: str = _CHECKSUMS) -> dict[str, list[int]]:
+def _checksums(directory: epath.Path) -> dict[str, list[int]]:
   """Returns the size, and the checksum of each block, of every file by path."""
   root = pathlib.Path(os.fspath(directory))
   files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.name not in _UNCHECKED]
@@ -371,9 +369,7 @@ def _checksums(directory: epath.Path, kind: str = _CHECKSUMS) -> dict[str, list[
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
     for path in files:
       size = path.stat().st_size
-      starts = range(0, size, _BLOCK)
-      block_sum = functools.partial(_checksum, path)
-      sums = [_crc32(path)] if kind == _FORMER else pool.map(block_sum, starts)
+      sums = pool.map(functools.partial(_checksum, path), range(0, size, _BLOCK))
       found[str(path.relative_to(root))] = [size, *sums]
   return found
 
@@ -392,14 +388,6 @@ def _checksum(path: pathlib.Path, start: int) -> int:
       crc = zlib.crc32(words.sum(axis=0), crc)
       if count < len(buffer):
         break
-  return crc
-
-
-def _crc32(path: pathlib.Path) -> int:
-  crc = 0
-  with path.open("rb") as file:
-    while block := file.read(_BLOCK):
-      crc = zlib.crc32(block, crc)
   return crc
 
 
