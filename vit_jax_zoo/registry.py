@@ -89,6 +89,7 @@ class System:
   parts: tuple[str, ...] = ()  # families that are parts of other models, without a task
   heads: tuple[str, ...] = ()  # sub-trees that depend on the task; see `weights.finetune_init`
   below_heads: tuple[str, ...] = ()  # sub-trees without which heads are newly initialised
+  scanned_layers: tuple[str, ...] = ()  # patterns of their names; see `weights.key_map`
   extra_tokens: tuple[str, ...] = ()  # parameters with position rows before the grid's
   # Patterns of the paths of renamed config fields, and their new names; see `config.RENAMED`.
   renamed_fields: tuple[tuple[str, str], ...] = ()
@@ -164,14 +165,13 @@ def create_model(name: str, **overrides: Any) -> Any:
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
+# Substitutions in other libraries' model names until it is one of ours, before `other_names`.
 _OTHER_NAMES = (
   (r"^[\w-]+/(?=[a-z])|\.\w+$|-in21k$", ""),  # owner, timm's tag
   (r"(?<=\d)[-_](224|256|384|512)$", ""),  # image size
   (r"[-/]", "_"),
   (r"resnet_?(?=\d)", "r"),
 )
-"""Substitutions in other libraries' model names, before those of `System.other_names`, applied
-until the result is a model's name."""
 
 
 def model_name(name: str) -> str:

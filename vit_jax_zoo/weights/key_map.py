@@ -9,8 +9,8 @@ rows read and write:
 * writing uses the first row of each path.
 
 Tables contain unrolled layers only (`block_0/...`); `unroll` and `stack` convert from and to
-scanned layers (`blocks/...`, with a leading axis): of a ResNet's stage the units after the first
-(`stage_0_units/...`), of an encoder-decoder `transformer/encoder/...`.
+scanned layers (`blocks/...`, with a leading axis; of a ResNet's stage the units after the first,
+`stage_0_units/...`); `System.scanned_layers` are named without the plural.
 """
 
 import dataclasses
@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 from flax import traverse_util
+
+from vit_jax_zoo.registry import systems
 
 Array = np.ndarray
 Flat = dict[str, Array]
@@ -185,17 +187,20 @@ def write(parameters: Mapping[str, Array], table: Sequence[Row]) -> Flat:
   return {row.key(path) or "": row.transform.write(array) for row, path, array in arrays}
 
 
-_CODER = r"(?<=transformer/)(?:en|de)coder"
-_SCANNED = re.compile(rf"(.*/)?(block(?=s)|stage_\d+_unit(?=s)|{_CODER})s?/(.*)")
-_UNROLLED = re.compile(rf"(.*/)?(block|stage_\d+_unit|{_CODER})_(\d+)/(.*)")
+@functools.cache
+def _layer_patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
+  own = [name for system in systems().values() for name in system.scanned_layers]
+  scanned = "|".join((r"block(?=s)", r"stage_\d+_unit(?=s)", *own))
+  unrolled = "|".join((r"block", r"stage_\d+_unit", *own))
+  return re.compile(rf"(.*/)?({scanned})s?/(.*)"), re.compile(rf"(.*/)?({unrolled})_(\d+)/(.*)")
 
 
 def _scanned(path: str) -> tuple[str, int] | None:
   """Returns an unrolled layer's path in scanned form, and its number; None: not of a layer."""
-  match = _UNROLLED.fullmatch(path)
+  match = _layer_patterns()[1].fullmatch(path)
   if match is None or int(match[3]) < match[2].startswith("stage_"):
     return None
-  plural = "" if match[2].endswith("coder") else "s"
+  plural = "s" if match[2].endswith(("block", "unit")) else ""
   return f"{match[1] or ''}{match[2]}{plural}/{match[4]}", int(match[3])
 
 
@@ -203,7 +208,7 @@ def unroll(parameters: Mapping[str, Array]) -> Flat:
   """Splits scanned layers, `blocks/x` [depth ...], into `block_0/x`, `block_1/x`, ..."""
   flat: Flat = {}
   for path, array in parameters.items():
-    match = _SCANNED.fullmatch(path)
+    match = _layer_patterns()[0].fullmatch(path)
     if match is None:
       flat[path] = array
     else:

@@ -13,6 +13,7 @@ SYSTEM = System(
   published="weights_official:PUBLISHED",
   paper_scores="weights_official:PAPER_SCORES",
   heads=("class_head/", "mask_head/", "mask_attention/"),
+  scanned_layers=("(?<=transformer/)(?:en|de)coder",),
   renamed_fields=(
     ("task.cell_weight", "dense_weight"),
     ("task.cell_steps", "dense_steps"),
