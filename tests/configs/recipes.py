@@ -1,5 +1,7 @@
 """All recipes of configs/: names, resolved configs, and their differences as text for review."""
 
+import copy
+import functools
 import importlib
 import json
 import pathlib
@@ -18,6 +20,11 @@ ABSENT, EMPTY = "(absent)", "()"
 
 
 def resolve(system, variant=""):
+  return copy.deepcopy(_load(system, variant))
+
+
+@functools.cache
+def _load(system, variant):
   return load(str(FOLDER / f"{system}.py") + f":{variant}")
 
 

@@ -1,10 +1,14 @@
 """Short runs, shared by the tests of `predict` and `export`."""
 
+import functools
+
+import jax
 import pytest
 from etils import epath
 
 from tests.conftest import system_module
 from vit_jax_zoo import trainer
+from vit_jax_zoo.builder import build
 from vit_jax_zoo.config import load
 
 
@@ -30,5 +34,7 @@ def igpt_run(tmp_path_factory):
 
 
 def trained(config, workdir):
-  trainer.run(config, epath.Path(workdir))
+  with pytest.MonkeyPatch.context() as patch:  # a program for eight devices compiles for longer
+    patch.setattr(trainer, "build", functools.partial(build, devices=jax.devices()[:1]))
+    trainer.run(config, epath.Path(workdir))
   return workdir
