@@ -9,6 +9,7 @@ The same command again resumes the run; a finished run is only re-evaluated.
 
 import hashlib
 import pathlib
+import shutil
 from collections.abc import Sequence
 
 from absl import flags, logging
@@ -17,7 +18,7 @@ from etils import epath
 from vit_jax_zoo import cli, trainer
 from vit_jax_zoo.config import load
 from vit_jax_zoo.training import distributed
-from vit_jax_zoo.training.loop import Outcome, format_scores
+from vit_jax_zoo.training.loop import Outcome, format_scores, score_table
 
 CONFIG = flags.DEFINE_string(
   "config",
@@ -93,13 +94,19 @@ def _log_outcome(outcome: Outcome) -> None:
   if outcome.finished:
     scores = format_scores(outcome.scores) or "(the config has no evaluation)"
     logging.info("done after %d steps: %s", step, scores)
+    for line in score_table(outcome.scores):
+      logging.info("  %s", line)
   else:
     logging.info("stopped by a signal after step %d; run the same command to resume", step)
   for output in ("checkpoints", "metrics.jsonl", "figures"):
     if (workdir / output).exists():
       logging.info("  %-12s %s", output.partition(".")[0], workdir / output)
-  if (workdir / "metrics.jsonl").exists():
-    logging.info("  %-12s tensorboard --logdir=%s", "TensorBoard", workdir)
+  if next(workdir.glob("events.out.tfevents.*"), None):
+    program = "tensorboard" if shutil.which("tensorboard") else "python -m tensorboard.main"
+    logging.info("  %-12s %s --logdir=%s", "TensorBoard", program, workdir)
+  if outcome.finished:
+    command = "python -m vit_jax_zoo predict --model=%s --images=photo.jpg"
+    logging.info(f"  %-12s {command}", "predict", workdir)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -248,6 +249,8 @@ def _loop_settings(experiment: Experiment, options: RunOptions, step: int) -> Lo
   if profile is not None and not step < profile[0] <= last:
     expected = f"expected steps of this run, {step + 1} to {last}"
     raise ValueError(f"--profile={profile[0]}:{profile[1]}: outside of the run; {expected}")
+  batch_size = config.eval_batch_size or config.batch_size
+  sizes = map(len, (*experiment.eval_sources.values(), *experiment.fit_sources.values()))
   return LoopSettings(
     num_steps=last,
     log_every=config.log_every,
@@ -256,6 +259,8 @@ def _loop_settings(experiment: Experiment, options: RunOptions, step: int) -> Lo
     eval_best_at_end=config.checkpoint.eval_best_at_end,
     best=best_score_of(config, experiment.task),
     profile=profile,
+    # So that evaluations, their figures and checkpoints cost less than training on few images.
+    min_interval=max(16, 3 * sum(math.ceil(size / batch_size) for size in sizes)),
   )
 
 
@@ -264,6 +269,7 @@ def _progress(experiment: Experiment, program: Program, step: int) -> Progress:
     experiment.num_steps,
     experiment.config.batch_size,
     start_step=step,
+    num_examples=experiment.train_source.info.num_examples,
     flops_per_step=count_flops(program.train_step, program.abstract_state, program.abstract_batch),
     devices=list(experiment.mesh.devices.flat),
   )

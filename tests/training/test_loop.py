@@ -29,6 +29,7 @@ from vit_jax_zoo.training.loop import (
   format_scores,
   prefetch,
   read_pending,
+  score_table,
 )
 from vit_jax_zoo.training.metric_writer import MetricWriter, read_metrics
 from vit_jax_zoo.training.progress import Progress
@@ -174,6 +175,30 @@ def test_is_due_fraction_of_run():
   assert [step for step in range(1, 13) if settings.is_due(0.01, step)] == list(range(1, 13))
   assert [step for step in range(1, 13) if settings.is_due(0, step)] == [12]
   assert [step for step in range(1, 13) if settings.is_due(4.0, step)] == [4, 8, 12]
+
+
+def test_is_due_at_least_min_interval():
+  settings = with_settings(eval_every=0.25, min_interval=5)
+  assert [step for step in range(1, 13) if settings.is_due(0.25, step)] == [5, 10, 12]
+  assert [step for step in range(1, 13) if settings.is_due(2, step)] == [2, 4, 6, 8, 10, 12]
+
+
+def test_figures_of_newest_and_best_step_kept(tmp_path, monkeypatch):
+  """Evaluations after steps 4, 8 and 12; the scores are best after step 4."""
+  monkeypatch.setattr(toy.Regression, "figures", lambda *_: {"first": Figure()})
+  scores = iter((3.0, 2.0, 1.0))
+  monkeypatch.setattr(toy.SquaredError, "result", lambda _: {"score": next(scores)})
+  train(tmp_path)
+  found = sorted(path.name for path in (tmp_path / "figures").iterdir())
+  assert found == ["held_out_first_00000004.png", "held_out_first_00000012.png"]
+
+
+def test_score_table_in_per_cent():
+  scores = {"val/accuracy": 0.5, "val/accuracy/cat": 1.0, "test/psnr": 25.26, "val/box_ap50": 0.421}
+  assert [line.split() for line in score_table(scores)] == [
+    ["val", "test"], ["accuracy", "50.00", "%"], ["psnr", "25.26"], ["box_ap50", "42.10", "%"],
+  ]  # fmt: skip
+  assert len({len(line) for line in score_table(scores)}) == 1
 
 
 def test_format_scores_omits_classes():

@@ -75,6 +75,11 @@ def test_log_line(clock, caplog):
   assert [record.getMessage() for record in caplog.records] == [line]
 
 
+def test_epochs_beside_steps(clock):
+  progress = Progress(1000, 128, num_examples=1437, bar=False, clock=clock)
+  assert progress.line(950, {}) == "step 950/1000 (95 %) epoch 84.6/89.1"
+
+
 def test_progress_bar_shows_line(capsys, clock):
   progress = Progress(10, 64, bar=True, clock=clock)
   progress.log(5, {"loss": 0.5})

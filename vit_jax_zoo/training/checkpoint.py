@@ -114,9 +114,14 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     earlier = sorted(self._newest.manager.all_steps())[:-1]
     if earlier:
       return f"remove this folder; the same command then resumes at step {earlier[-1]}"
-    best = self._best.manager.best_step()
+    best = self.best_step
     start = "" if best is None else f" (or use --config.init_from={self.workdir / BEST}/{best})"
     return f"no earlier step: remove this folder; the run then starts from scratch{start}"
+
+  @property
+  def best_step(self) -> int | None:
+    """Step of the best checkpoint, if any."""
+    return self._best.manager.best_step()
 
   def save_best(self, step: int, variables: Any, score: float | int) -> bool:
     """Saves the variables if the score, equal on all processes, is the best; returns whether."""

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -76,7 +77,8 @@ STEPS_IN_FLIGHT = 3  # in the device's queue; more need more memory
 class LoopSettings:
   """Intervals of logging, evaluations and checkpoints, in steps; 0: at the end only.
 
-  Below 1: a fraction of the run. The state is also saved before each evaluation.
+  Below 1: a fraction of the run, at least `min_interval` steps. The state is also saved before each
+  evaluation.
   """
 
   num_steps: int
@@ -86,11 +88,12 @@ class LoopSettings:
   best: str | None = None  # selects the best checkpoint: "<evaluation>/<score>"
   eval_best_at_end: bool = False  # also evaluate the best variables
   profile: tuple[int, int] | None = None  # half-open window of steps to trace
+  min_interval: int = 1
 
   def is_due(self, every: int | float, step: int) -> bool:
     """Returns whether an action with this interval is due after `step`."""
     if 0 < every < 1:
-      every = max(1, round(every * self.num_steps))
+      every = max(self.min_interval, round(every * self.num_steps))
     return step == self.num_steps or (every > 0 and step % every == 0)
 
 
@@ -191,7 +194,7 @@ class Loop:
 
   def _write(self, step: int, report: Report) -> None:
     self.writer.write_scalars(step, report.scores)
-    self.writer.write_figures(step, report.figures)
+    self.writer.write_figures(step, report.figures, self.checkpointer.best_step)
     self.writer.flush()
 
   def _evaluate_best(self, last: Variables, last_scores: dict[str, float]) -> dict[str, float]:
@@ -262,6 +265,30 @@ def format_scores(scores: Mapping[str, float]) -> str:
   """Returns the scores in one line, without those of single classes ("val/accuracy/cat")."""
   shown = {k: v for k, v in scores.items() if k.removeprefix("best/").count("/") < 2}
   return "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+
+
+_PER_CENT = re.compile(r"accuracy|_shot|^(box|mask)_a[pr]|iou|^layer_\d|^[psr]q")
+
+
+def score_table(scores: Mapping[str, float]) -> list[str]:
+  """Returns lines of a table: a row for each score, in per cent where it is a fraction.
+
+  >>> score_table({"test/accuracy": 0.975, "test/loss": 0.125})
+  ['              test', 'accuracy   97.50 %', 'loss         0.125']
+  """
+  rows: dict[str, dict[str, str]] = {}
+  for name, value in scores.items():
+    *evaluation, score = name.split("/")
+    if len(evaluation) == 1 + (evaluation[0] == "best"):  # no single class
+      shown = f"{100 * value:.2f} %" if _PER_CENT.search(score) else f"{value:.4g}"
+      rows.setdefault(score, {})[" ".join(evaluation)] = shown
+  columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+  width = max(map(len, rows), default=0)
+  table = {"": {column: column for column in columns}, **rows} if rows else {}
+  return [
+    f"{score:{width}}" + "".join(f"{row.get(c, ''):>{max(10, 2 + len(c))}}" for c in columns)
+    for score, row in table.items()
+  ]
 
 
 class _TrainingLog:

@@ -2,7 +2,7 @@
 
     <workdir>/metrics.jsonl               a line for each write: {"step": 100, "train/loss": 0.5}
     <workdir>/events.out.tfevents.*       the same for TensorBoard, with figures, text and hparams
-    <workdir>/figures/<name>_<step>.png   figures; a "/" in a name makes a directory
+    <workdir>/figures/<name>_<step>.png   the newest and the best figure of each name
 
 NaN and infinities are strings in `metrics.jsonl`: "NaN", "Infinity", "-Infinity". A run that
 resumes removes the rows of later steps. Objects in a bucket (gs://...) cannot be appended to: files
@@ -11,6 +11,7 @@ are written to a local directory, and uploaded by `flush`.
 
 import concurrent.futures
 import contextlib
+import glob
 import io
 import json
 import math
@@ -100,11 +101,13 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
     """Writes numbers and scalar arrays by name; does not block on those still being computed."""
     self._submit(self._write_scalars, step, dict(scalars))
 
-  def write_figures(self, step: int, figures: Mapping[str, Figure]) -> None:
-    """Writes figures, by name, and closes them."""
+  def write_figures(
+    self, step: int, figures: Mapping[str, Figure], best_step: int | None = None
+  ) -> None:
+    """Writes figures, by name, and closes them; removes those of steps before, but the best."""
     for name, figure in figures.items():
       if self._enabled:  # drawn here: matplotlib is not thread-safe
-        self._submit(self._write_image, step, name, render(figure))
+        self._submit(self._write_image, step, name, render(figure), best_step)
       plt.close(figure)
 
   def write_text(self, step: int, name: str, text: str) -> None:
@@ -162,8 +165,12 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
       self._add(step, tag=name, simple_value=value)
     self._tensorboard.flush()
 
-  def _write_image(self, step: int, name: str, pixels: np.ndarray) -> None:
-    png = _save_image(_figure_path(self._workdir, step, name), pixels)
+  def _write_image(self, step: int, name: str, pixels: np.ndarray, best_step: int | None) -> None:
+    path = _figure_path(self._workdir, step, name)
+    png = _save_image(path, pixels)
+    kept = {path, _figure_path(self._workdir, best_step or 0, name)}
+    for old in set(path.parent.glob(f"{glob.escape(path.name[:-12])}{'[0-9]' * 8}.png")) - kept:
+      old.unlink()
     height, width, colorspace = pixels.shape
     fields = {"height": height, "width": width, "colorspace": colorspace}
     self._add(step, tag=name, image=Summary.Image(**fields, encoded_image_string=png))
@@ -203,6 +210,9 @@ class _Bucket:
       target.parent.mkdir(parents=True, exist_ok=True)
       target.write_bytes(path.read_bytes())
       self._uploaded[path] = version
+    for path in [path for path in self._uploaded if not path.exists()]:  # figures of steps before
+      del self._uploaded[path]
+      (self._remote / path.relative_to(self.local)).unlink(missing_ok=True)
 
   def close(self) -> None:
     """Uploads the rest and removes the local directory."""

@@ -44,21 +44,23 @@ def peak_flops(device_kind: str) -> float | None:
 class Progress:
   """Measures and logs the progress of a run, with a bar if stderr is a terminal (or `bar`).
 
-  `batch_size` and `flops_per_step` are over all devices and hosts; `mfu` of the peak of `devices`.
+  `batch_size` and `flops_per_step` are over all devices and hosts; `mfu` of the peak of `devices`;
+  `num_examples` of the training data, for epochs.
   """
 
-  def __init__(
+  def __init__(  # noqa: PLR0913 (by keyword, once)
     self,
     num_steps: int,
     batch_size: int,
     *,
     start_step: int = 0,
+    num_examples: int = 0,
     flops_per_step: float | int | None = None,
     devices: Sequence[Any] = (),
     bar: bool | None = None,
     clock: Callable[[], float] = time.perf_counter,
   ):
-    self.num_steps, self.batch_size = num_steps, batch_size
+    self.num_steps, self.batch_size, self._num_examples = num_steps, batch_size, num_examples
     self._flops_per_step = flops_per_step
     self._peak = ((devices and peak_flops(devices[0].device_kind)) or 0.0) * len(devices)
     self._clock, self._start_step = clock, start_step
@@ -130,6 +132,9 @@ class Progress:
     'step 300/1200 (25 %) loss 0.4123'
     """
     parts = [f"step {step}/{self.num_steps} ({100 * step // max(self.num_steps, 1)} %)"]
+    if self._num_examples:
+      epochs = (f"{s * self.batch_size / self._num_examples:.1f}" for s in (step, self.num_steps))
+      parts.append(f"epoch {'/'.join(epochs)}")
     parts += [f"{name} {value:.4g}" for name, value in metrics.items()]
     if self._step_time:
       speed = self.batch_size / self._step_time
