@@ -7,11 +7,15 @@ import pytest
 
 from tests.tasks.test_classification import make_context
 from vit_jax_zoo.tasks import create_task
-from vit_jax_zoo.tasks.classification import Mixing, mix_examples
+from vit_jax_zoo.tasks.classification import Classification, mix_examples
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
 
 ALL_ROWS = np.ones(6, bool)
+
+
+def mixing_task(**fields):
+  return Classification(None, 6, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +24,7 @@ def examples():
   return rng.random((6, 10, 12, 3), np.float32), np.eye(6, dtype=np.float32)
 
 
-jitted = jax.jit(mix_examples, static_argnames=("mixing", "draws"))
+jitted = jax.jit(mix_examples, static_argnames=("task", "draws"))
 
 
 def mix(examples, mixing, seed=0, mask=ALL_ROWS, draws=1):
@@ -43,7 +47,7 @@ def many(examples, mixing, count=400):
 
 @pytest.mark.parametrize("draws", [1, 6])
 def test_mixup_label_weighted_sum_of_neighbours(examples, draws):
-  images, targets = mix(examples, Mixing(mixup_alpha=0.8), draws=draws)
+  images, targets = mix(examples, mixing_task(mixup_alpha=0.8), draws=draws)
   weights = np.diag(targets)
   assert (np.ptp(weights) == 0) == (draws == 1)
   np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-6)
@@ -54,7 +58,7 @@ def test_mixup_label_weighted_sum_of_neighbours(examples, draws):
 
 
 def test_mixup_weights_folded_beta(examples):
-  _, targets = many(examples, Mixing(mixup_alpha=0.2), 2000)
+  _, targets = many(examples, mixing_task(mixup_alpha=0.2), 2000)
   weights = np.diagonal(targets, axis1=1, axis2=2)
   assert weights.min() >= 0.5
   # E[max(a, 1 - a)] of Beta(0.2, 0.2), by an independent sample.
@@ -65,7 +69,7 @@ def test_mixup_weights_folded_beta(examples):
 
 @pytest.mark.parametrize("draws", [1, 6])
 def test_cutmix_labels_are_pixel_fractions(examples, draws):
-  images, targets = mix(examples, Mixing(cutmix_alpha=1.0), seed=4, draws=draws)
+  images, targets = mix(examples, mixing_task(cutmix_alpha=1.0), seed=4, draws=draws)
   for i in range(6):
     own = (images[i] == examples[0][i]).all(axis=-1)
     other = (images[i] == examples[0][i - 1]).all(axis=-1)
@@ -77,7 +81,7 @@ def test_cutmix_labels_are_pixel_fractions(examples, draws):
 
 
 def test_cutmix_box_area_distribution(examples):
-  _, targets = many(examples, Mixing(cutmix_alpha=1.0))
+  _, targets = many(examples, mixing_task(cutmix_alpha=1.0))
   weights = np.diagonal(targets, axis1=1, axis2=2)
   # Boxes of the published algorithm, drawn one by one.
   rng, expected = np.random.default_rng(0), []
@@ -94,7 +98,7 @@ def test_cutmix_box_area_distribution(examples):
 
 
 def test_mixing_frequencies(examples):
-  mixing = Mixing(mixup_alpha=1.0, cutmix_alpha=1.0, probability=0.6, cutmix_fraction=0.25)
+  mixing = mixing_task(mixup_alpha=1.0, cutmix_alpha=1.0, mix_probability=0.6, cutmix_fraction=0.25)
   images, targets = many(examples, mixing)
   untouched = (images == examples[0]).all(axis=(2, 3, 4))
   pure = ((images == examples[0]) | (images == np.roll(examples[0], 1, axis=0))).all(axis=(2, 3, 4))
@@ -104,7 +108,7 @@ def test_mixing_frequencies(examples):
   np.testing.assert_allclose(labels.sum(axis=0), 1, atol=0.05)
 
 
-@pytest.mark.parametrize("mixing", [Mixing(mixup_alpha=0.8), Mixing(cutmix_alpha=1.0)])
+@pytest.mark.parametrize("mixing", [mixing_task(mixup_alpha=0.8), mixing_task(cutmix_alpha=1.0)])
 def test_padding_not_mixed(examples, mixing):
   mask = np.array([True, True, True, True, False, False])
   images = np.where(mask[:, None, None, None], examples[0], np.nan).astype(np.float32)
@@ -115,24 +119,24 @@ def test_padding_not_mixed(examples, mixing):
   assert (mixed[1:4] != images[1:4]).any(axis=(1, 2, 3)).all()
 
 
-def test_is_on():
-  assert not Mixing().is_on
-  assert not Mixing(mixup_alpha=0).is_on
-  assert not Mixing(mixup_alpha=0.2, probability=0).is_on
-  assert Mixing(cutmix_alpha=1).is_on
+def test_mixes():
+  assert not mixing_task().mixes
+  assert not mixing_task(mixup_alpha=0).mixes
+  assert not mixing_task(mixup_alpha=0.2, mix_probability=0).mixes
+  assert mixing_task(cutmix_alpha=1).mixes
 
 
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
     ({"mixup_alpha": -0.2}, "mixup_alpha: -0"),
-    ({"probability": 2.0}, "mix_probability"),
+    ({"mix_probability": 2.0}, "mix_probability"),
     ({"cutmix_fraction": -1}, "cutmix_fraction"),
   ],
 )
 def test_invalid_fields_raise(fields, message):
   with pytest.raises(ValueError, match=message):
-    Mixing(**fields)
+    mixing_task(**fields)
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ def _is_positive(value: Any) -> bool:
 
 
 def check_not_negative(owner: Any, *fields: str) -> None:
-  """Raises ValueError for the first field that is negative."""
+  """Raises ValueError for the first field that is negative; None is valid."""
   for field in fields:
-    if (value := getattr(owner, field)) < 0:
+    if (value := getattr(owner, field)) is not None and value < 0:
       raise ValueError(f"{field}: {value}; expected a number of at least 0")
 
 
@@ -29,6 +29,13 @@ def check_rates(owner: Any, *fields: str) -> None:
   for field in fields:
     if not 0 <= (value := getattr(owner, field)) < 1:
       raise ValueError(f"{field}: {value}; expected a number in [0, 1)")
+
+
+def check_fractions(owner: Any, *fields: str) -> None:
+  """Raises ValueError for the first field that is not in [0, 1]."""
+  for field in fields:
+    if not 0 <= (value := getattr(owner, field)) <= 1:
+      raise ValueError(f"{field}: {value}; expected a number in [0, 1]")
 
 
 def check_num_classes(model: Any) -> None:

@@ -16,7 +16,12 @@ from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.figures import classification as draw
 from vit_jax_zoo.metrics.base import real_rows
 from vit_jax_zoo.metrics.classification import ClassificationEvaluator
-from vit_jax_zoo.ops.checks import check_positive, check_rates
+from vit_jax_zoo.ops.checks import (
+  check_fractions,
+  check_not_negative,
+  check_positive,
+  check_rates,
+)
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.tasks import base
 
@@ -28,41 +33,16 @@ _EXPLAINED, _MAX_BYTES = 8, 2**30  # maximum examples to explain, and bytes of i
 
 
 @dataclasses.dataclass(frozen=True)
-class Mixing:
-  """mixup (arXiv:1710.09412) and CutMix (arXiv:1905.04899) of images and label weights.
-
-  An example keeps the fraction `lam` ~ Beta(alpha, alpha) of itself and takes the rest from its
-  neighbour in the batch: the example before it, cyclically, as in big_vision (timm pairs the first
-  with the last).
-  """
-
-  mixup_alpha: float | int | None = None  # of mixup's Beta distribution; None or 0: no mixup
-  cutmix_alpha: float | int | None = None  # of CutMix's Beta distribution; None or 0: no CutMix
-  probability: float | int = 1.0  # of mixing (timm's `mixup_prob`)
-  cutmix_fraction: float | int = 0.5  # of CutMix if both are on (timm's `mixup_switch_prob`)
-
-  def __post_init__(self) -> None:
-    alphas = {"mixup_alpha": self.mixup_alpha, "cutmix_alpha": self.cutmix_alpha}
-    for field, alpha in alphas.items():
-      if alpha is not None and alpha < 0:
-        raise ValueError(f"{field}: {alpha}; expected a number of at least 0, or None")
-    fractions = {"mix_probability": self.probability, "cutmix_fraction": self.cutmix_fraction}
-    for field, fraction in fractions.items():
-      if not 0 <= fraction <= 1:
-        raise ValueError(f"{field}: {fraction}; expected a number in [0, 1]")
-
-  @property
-  def is_on(self) -> bool:
-    """Whether mixup or CutMix is on."""
-    return bool(self.mixup_alpha or self.cutmix_alpha) and self.probability > 0
-
-
-@dataclasses.dataclass(frozen=True)
 class Classification(base.Task):
   """Softmax or sigmoid classification of images.
 
   Batches: `image` [b h w c], uint8 or floats in [0, 255]; `label`, int [b], or weights [b k];
   `mask` [b], True for real rows of a padded batch.
+
+  mixup (arXiv:1710.09412) and CutMix (arXiv:1905.04899) mix images and label weights: an example
+  keeps the fraction `lam` ~ Beta(alpha, alpha) of itself and takes the rest from its neighbour in
+  the batch, the example before it, cyclically, as in big_vision (timm pairs the first with the
+  last).
   """
 
   name: ClassVar[str] = "classification"
@@ -74,10 +54,10 @@ class Classification(base.Task):
   # ImageNet-21k and JFT pre-training.
   objective: str = "softmax"
   label_smoothing: float = 0.0  # of training labels, after they are mixed
-  mixup_alpha: float | int | None = None  # see `Mixing`; None: off
-  cutmix_alpha: float | int | None = None  # None: off
-  mix_probability: float | int = 1.0
-  cutmix_fraction: float | int = 0.5  # probability of CutMix if both alphas are set
+  mixup_alpha: float | int | None = None  # of mixup's Beta distribution; None or 0: no mixup
+  cutmix_alpha: float | int | None = None  # of CutMix's Beta distribution; None or 0: no CutMix
+  mix_probability: float | int = 1.0  # of mixing (timm's `mixup_prob`)
+  cutmix_fraction: float | int = 0.5  # of CutMix if both are on (timm's `mixup_switch_prob`)
   image_mean: float | tuple[float, ...] = 0.5  # see `normalize_images`; 0.5 and 0.5: [-1, 1]
   image_std: float | tuple[float, ...] = 0.5
   class_names: tuple[str, ...] = ()  # for figures and per-class scores
@@ -87,10 +67,11 @@ class Classification(base.Task):
   def __post_init__(self) -> None:
     check_names("objective", [self.objective], OBJECTIVES)
     check_rates(self, "label_smoothing")
+    check_not_negative(self, "mixup_alpha", "cutmix_alpha")
+    check_fractions(self, "mix_probability", "cutmix_fraction")
     check_positive(self, "num_classes", "top_k")
     if (count := len(self.class_names)) not in (0, self.num_classes):
       raise ValueError(f"class_names: {count} names; expected num_classes={self.num_classes}")
-    _ = self._mixing  # checks its fields
 
   @property
   def best_metric(self) -> str:
@@ -110,9 +91,9 @@ class Classification(base.Task):
     mask = base.example_mask(batch)
     targets = self._targets(jnp.asarray(batch["label"]), mask)
     images = self._images(batch)
-    if self._mixing.is_on:
+    if self.mixes:
       rng = jax.random.fold_in(context.rng, _MIXING)
-      images, targets = mix_examples(images, targets, mask, rng, self._mixing)
+      images, targets = mix_examples(images, targets, mask, rng, self)
     state = {name: tree for name, tree in variables.items() if name != "params"}
     outputs, changed = self.model.apply(
       variables, images, train=True, rngs={"dropout": context.rng}, mutable=list(state)
@@ -183,7 +164,7 @@ class Classification(base.Task):
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
     images, labels = np.asarray(batch["image"]), np.asarray(batch["label"])
-    if self._mixing.is_on:
+    if self.mixes:
       images, labels = self._mixed_pixels(images, labels)
     return {"batch": draw.draw_batch(images, labels, self.class_names)}
 
@@ -199,16 +180,16 @@ class Classification(base.Task):
     return {"confusion": draw.draw_confusion(evaluator.confusion(), self.class_names)}
 
   @property
-  def _mixing(self) -> Mixing:
-    alphas = self.mixup_alpha, self.cutmix_alpha
-    return Mixing(*alphas, self.mix_probability, self.cutmix_fraction)
+  def mixes(self) -> bool:
+    """Whether mixup or CutMix is on."""
+    return bool(self.mixup_alpha or self.cutmix_alpha) and self.mix_probability > 0
 
   def _mixed_pixels(self, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     images, labels = images[:_DRAWN], labels[:_DRAWN]
     mask, pixels = jnp.ones(len(images), bool), jnp.asarray(images, jnp.float32)
     targets = self._targets(jnp.asarray(labels), mask)
     rng = jax.random.key(0)
-    mixed, targets = mix_examples(pixels, targets, mask, rng, self._mixing, len(images))
+    mixed, targets = mix_examples(pixels, targets, mask, rng, self, len(images))
     return np.asarray(mixed), np.asarray(targets)
 
   @property
@@ -265,14 +246,14 @@ def mix_examples(
   targets: Float[Array, "b k"],
   mask: Bool[Array, " b"],
   rng: jax.Array,
-  mixing: Mixing,
+  task: Classification,
   draws: int = 1,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b k"]]:
   """Returns images and targets (label weights), mixed alike; padding and its successor are not.
 
   One draw serves the whole batch (big_vision, timm's default), or each of `b` draws an example.
   """
-  fractions, from_self = _draw(rng, draws, (images.shape[1], images.shape[2]), mixing)
+  fractions, from_self = _draw(rng, draws, (images.shape[1], images.shape[2]), task)
   whole = ~(mask & jnp.roll(mask, 1))
   fractions = jnp.where(whole, 1.0, fractions)
   from_self = jnp.where(whole[:, None, None], 1.0, from_self)[..., None]
@@ -284,24 +265,24 @@ def mix_examples(
 
 
 def _draw(
-  rng: jax.Array, draws: int, size: tuple[int, int], mixing: Mixing
+  rng: jax.Array, draws: int, size: tuple[int, int], task: Classification
 ) -> tuple[Float[Array, " n"], Float[Array, "n h w"]]:
   """Samples weights of an example in its label and in each of its pixels."""
   kind_rng, mix_rng, mixup_rng, cutmix_rng = jax.random.split(rng, 4)
   ones = jnp.ones((draws, *size), jnp.float32)
   fractions, pixels = jnp.ones(draws, jnp.float32), ones
-  if mixing.mixup_alpha:
-    drawn = jax.random.beta(mixup_rng, mixing.mixup_alpha, mixing.mixup_alpha, (draws,))
+  if task.mixup_alpha:
+    drawn = jax.random.beta(mixup_rng, task.mixup_alpha, task.mixup_alpha, (draws,))
     # The larger fraction is the example's own, so that its label stays the mixture's largest.
     fractions = jnp.maximum(drawn, 1 - drawn)
     pixels = jnp.broadcast_to(fractions[:, None, None], ones.shape)
-  if mixing.cutmix_alpha:
-    cut_fractions, cut_pixels = _cut(cutmix_rng, mixing.cutmix_alpha, draws, size)
-    always = not mixing.mixup_alpha
-    cut = jax.random.uniform(kind_rng, (draws,)) < (1.0 if always else mixing.cutmix_fraction)
+  if task.cutmix_alpha:
+    cut_fractions, cut_pixels = _cut(cutmix_rng, task.cutmix_alpha, draws, size)
+    always = not task.mixup_alpha
+    cut = jax.random.uniform(kind_rng, (draws,)) < (1.0 if always else task.cutmix_fraction)
     fractions = jnp.where(cut, cut_fractions, fractions)
     pixels = jnp.where(cut[:, None, None], cut_pixels, pixels)
-  mixed = jax.random.uniform(mix_rng, (draws,)) < mixing.probability
+  mixed = jax.random.uniform(mix_rng, (draws,)) < task.mix_probability
   return jnp.where(mixed, fractions, 1.0), jnp.where(mixed[:, None, None], pixels, 1.0)
 
 

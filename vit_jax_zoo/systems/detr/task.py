@@ -16,7 +16,7 @@ from vit_jax_zoo.figures import detection as draw
 from vit_jax_zoo.metrics.detection import DetectionEvaluator
 from vit_jax_zoo.metrics.mask_ap import InstanceEvaluator
 from vit_jax_zoo.ops.boxes import cxcywh_to_xyxy
-from vit_jax_zoo.ops.checks import check_not_negative, check_positive
+from vit_jax_zoo.ops.checks import check_fractions, check_not_negative, check_positive
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.systems.detr import losses, panoptic
 from vit_jax_zoo.systems.detr.figures import draw_query_attention, draw_segments
@@ -75,9 +75,7 @@ class Detection(base.Task):
     weights = [f.name for f in dataclasses.fields(self) if f.name.endswith("_weight")]
     check_positive(self, "num_classes", "dense_steps")
     check_not_negative(self, *weights)
-    for field in ("score_threshold", "segment_threshold"):
-      if not 0 <= (value := getattr(self, field)) <= 1:
-        raise ValueError(f"{field}: {value} is given; expected a value in [0, 1]")
+    check_fractions(self, "score_threshold", "segment_threshold")
     names, most = len(self.class_names), self.num_classes
     if names > most:
       raise ValueError(f"class_names: {names} are given; expected at most num_classes={most}")

@@ -17,7 +17,7 @@ from vit_jax_zoo.figures import detection as draw
 from vit_jax_zoo.metrics.detection import DetectionEvaluator
 from vit_jax_zoo.metrics.mask_ap import InstanceEvaluator
 from vit_jax_zoo.ops.boxes import cxcywh_to_xyxy, pairwise_iou
-from vit_jax_zoo.ops.checks import check_positive
+from vit_jax_zoo.ops.checks import check_fractions, check_not_negative, check_positive
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.ops.sharding import on_own_examples
 from vit_jax_zoo.systems.rcnn.boxes import (
@@ -96,12 +96,9 @@ class InstanceDetection(base.Task):
   neck_file: str | None = None
 
   def __post_init__(self) -> None:
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if field.name.endswith(("_fraction", "_thresh", "_threshold")) and not 0 <= value <= 1:
-        raise ValueError(f"{field.name}: {value}; expected a number in [0, 1]")
-      if field.name.endswith("_beta") and value < 0:
-        raise ValueError(f"{field.name}: {value}; expected 0 or more")
+    names = [field.name for field in dataclasses.fields(self)]
+    check_fractions(self, *(n for n in names if n.endswith(("_fraction", "_thresh", "_threshold"))))
+    check_not_negative(self, *(name for name in names if name.endswith("_beta")))
     counts = ("rpn_batch_size_per_image", "box_batch_size_per_image", "box_detections_per_img")
     check_positive(self, "num_classes", *counts)
 
@@ -329,10 +326,8 @@ class InstanceDetection(base.Task):
 
 def smooth_l1(errors: Float[Array, "*n d"], beta: float) -> Float[Array, "*n"]:
   """Returns the smooth L1 loss (arXiv:1504.08083, Eq. 3), summed over the last axis; beta 0: L1."""
-  size = jnp.abs(errors)
-  if not beta:
-    return jnp.sum(size, axis=-1)
-  return jnp.sum(jnp.where(size < beta, 0.5 / beta * size**2, size - 0.5 * beta), axis=-1)
+  each = optax.huber_loss(errors, delta=beta) / beta if beta else jnp.abs(errors)
+  return jnp.sum(each, axis=-1)
 
 
 def class_loss(logits: Float[Array, "*n k"], labels: Int[Array, "*n"]) -> Float[Array, "*n"]:
