@@ -89,13 +89,6 @@ def test_defaults_follow_processor_kind(kind):
   assert found.resized_size(40, 80) == (64, 128)
 
 
-def test_shorter_side_without_crop_warns(caplog):
-  with caplog.at_level("WARNING"):
-    found = read_preprocess({"size": {"shortest_edge": 64}}, (224, 224))
-  assert found.image_size == (64, 64)
-  assert "size is {'shortest_edge': 64} without a crop" in caplog.text
-
-
 def test_unknown_processor_class_warns(caplog):
   with caplog.at_level("WARNING"):
     read_preprocess({"image_processor_type": "LevitImageProcessor"}, (224, 224))
@@ -123,6 +116,8 @@ def test_size_formats_equal_transformers(size, expected):
     *({"size": size} for size in ("384", 384.0, [384], True, {"width": 384}, {"height": 384})),
     {"size": {"longest_edge": 224}},
     {"size": {"shortest_edge": 224, "longest_edge": 500}},
+    {"size": {"shortest_edge": 224}},  # without a crop: several sizes
+    {"size": {"shortest_edge": 224}, "crop_size": 224, "do_center_crop": False},
     {"crop_size": "224", "do_center_crop": True},
     {"rescale_factor": 0},
     {"image_mean": ["a"]},

@@ -127,7 +127,8 @@ def read_preprocess(processor: Mapping[str, Any], size: Size, kind: str) -> Prep
       wrong = f"crop_size is {given['crop_size']}, size {given['size']}, do_resize {do_resize}"
       raise WeightsError(f"{_PROCESSOR}: {wrong}; expected a resize to at least the crop")
   elif len(sides) == 1 and do_resize:
-    logging.warning("%s: size is %s without a crop; crops the centre", _PROCESSOR, given["size"])
+    wrong = f"size is {given['size']} without a crop: images of several sizes"
+    raise WeightsError(f"{_PROCESSOR}: {wrong}; expected height and width, or do_center_crop")
   fit = "crop" if len(sides) == 1 else "squash"
   return Preprocess(
     (height, width),

@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ from tests.systems.lambda_resnet.timm_file import read_variables, write_variable
 from vit_jax_zoo.systems.lambda_resnet import weights_timm as lambda_resnet_timm
 from vit_jax_zoo.systems.lambda_resnet.model import LambdaResNet
 from vit_jax_zoo.weights import key_map
+from vit_jax_zoo.weights.formats import read_checkpoint
 from vit_jax_zoo.weights.key_map import WeightsError
 
 FIXTURES = ("lambda_resnet26t_a", "lambda_resnet50ts_a", "lambda_resnet26rpt_a")
@@ -65,3 +69,32 @@ def test_invalid_file_reports_all_errors(monkeypatch):
 def test_file_of_other_model_raises():
   with pytest.raises(WeightsError, match=r"vit\.bin: .* blocks"):
     lambda_resnet_timm.infer_fields({"blocks.0.norm1.weight": np.zeros(3)}, "vit.bin")
+
+
+def read_with(arguments, folder):
+  weights = golden_folder("lambda_resnet26t_a") / "weights.safetensors"
+  shutil.copy(weights, folder / "model.safetensors")
+  config = {"architecture": "lambda_resnet26t", "model_args": arguments}
+  (folder / "config.json").write_text(json.dumps(config))
+  return read_checkpoint(str(folder))
+
+
+def test_stated_activation(tmp_path):
+  stated = {"act_layer": "silu", "global_pool": "avg", "width_factor": 0.25, "aa_layer": None}
+  assert read_with(stated, tmp_path).fields["activation"] == "silu"
+  assert read_with({}, tmp_path).fields["activation"] == "relu"
+
+
+@pytest.mark.parametrize(
+  "arguments",
+  [
+    {"act_layer": "gelu"},
+    {"global_pool": "max"},
+    {"output_stride": 16},
+    {"aa_layer": "blurpc"},
+    {"stem_pool": ""},
+  ],
+)
+def test_unsupported_argument_raises(arguments, tmp_path):
+  with pytest.raises(WeightsError, match=rf"config\.json: {next(iter(arguments))} is "):
+    read_with(arguments, tmp_path)

@@ -164,6 +164,9 @@ def test_pool_is_read_from_timm_arguments(tmp_path):
     ({}, "vit_base_patch16_rpn_224", "vit_base_patch16_rpn_224"),
     ({"dist_token": np.zeros((1, 1, 64), np.float32)}, "", "dist_token"),
     ({"reg_token": np.zeros((1, 4, 64), np.float32)}, "", "reg_token"),
+    ({"blocks.0.ls1.gamma": np.ones(64, np.float32)}, "deit3_small_patch16_224", "LayerScale"),
+    ({"blocks.0.gamma_1": np.ones(64, np.float32)}, "beit_base_patch16_224", "LayerScale"),
+    ({"patch_embed.backbone.layer1.0.bn1.bias": np.ones(64, np.float32)}, "", "ResNet-D"),
   ],
 )
 def test_other_architecture_with_vit_keys_raises(added, architecture, message, tmp_path):
@@ -180,6 +183,7 @@ def test_other_architecture_with_vit_keys_raises(added, architecture, message, t
   [
     ({"model_args": {"num_heads": 3}}, "num_heads"),
     ({"model_args": {"num_heads": "4"}}, "num_heads"),
+    ({"model_args": {"global_pool": ""}}, "global_pool"),
     ({"model_args": {"block_fn": "ParallelScalingBlock"}}, "block_fn"),
     ({"model_args": [1]}, "model_args"),
     ({"pretrained_cfg": [1]}, "pretrained_cfg"),

@@ -90,6 +90,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
   crop_pct = 0.95 if fields["activation"] == "silu" else 0.94
   default = Preprocess((256, 256), IMAGENET_MEAN, IMAGENET_STD, crop_pct=crop_pct)
   settings = timm_config.read(published, default)
+  fields |= _stated_fields(published)
   if size := settings["image_size"] or _size_of_tables(arrays):
     settings |= {"preprocess": settings["preprocess"].at_size(size), "image_size": size}
   return LambdaCheckpoint(
@@ -102,6 +103,24 @@ def read_checkpoint(published: Published) -> Checkpoint:
     ignore=IGNORE,
     **settings,
   )
+
+
+_SUPPORTED = {
+  "act_layer": ("relu", "silu"), "global_pool": ("avg", "fast"), "output_stride": (32,)
+}  # fmt: skip
+_FROM_ARRAYS = ("img_size", "in_chans", "num_classes", "width_factor", "stem_chs")
+_FROM_ARRAYS += ("self_attn_kwargs", "drop_rate", "drop_path_rate")
+"""Arguments of timm's networks that arrays determine, or that have no effect in use."""
+
+
+def _stated_fields(published: Published) -> dict[str, Any]:
+  stated = published.config.get("model_args") or {}
+  for name, value in stated.items():
+    known = _SUPPORTED.get(name, ())
+    if value is not None and value not in known and name not in _FROM_ARRAYS:
+      expected = f"expected {' or '.join(map(str, known or ['none']))}"
+      raise WeightsError(f"{published.path}: config.json: {name} is {value!r}; {expected}")
+  return {"activation": stated["act_layer"]} if stated.get("act_layer") else {}
 
 
 def _size_of_tables(arrays: Mapping[str, Array]) -> Size | None:

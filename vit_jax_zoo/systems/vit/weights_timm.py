@@ -80,6 +80,8 @@ TABLE: tuple[Row, ...] = (
 _REFUSED = (
   (r"dist_token|head_dist\..*", "a distilled DeiT"),
   ("reg_token", "a ViT with register tokens"),
+  (r"blocks\.0\.(ls1\.gamma|gamma_1)", "a ViT with LayerScale"),
+  (r"patch_embed\.backbone\.layer1\..*", "a hybrid with ResNet-D"),
   (r".*_rpn_.*", "with residual post-norm blocks"),
   ("block_fn|((embed_)?norm|embed|attn|mlp)_layer", "layers other than timm's default"),
 )
@@ -87,6 +89,7 @@ _REFUSED = (
 
 _ARCHITECTURE_ARGS: tuple[tuple[str, dict[str, Any]], ...] = (
   (r"test_vit", {"num_heads": 2}),
+  (r".*_quickgelu_.*", {"act_layer": "quick_gelu"}),
   (r"vit_base_patch16_gap_224", {"num_heads": 16}),
   (r"vit_giantopt_patch16_siglip_gap_.*", {"num_heads": 16, "act_layer": "gelu_tanh"}),
   (r"vit_so400m_patch16_siglip_gap_.*", {"act_layer": "gelu_tanh"}),
@@ -185,7 +188,8 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
 def _stated_fields(
   arguments: Mapping[str, Any], fields: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
-  pool = arguments.get("global_pool") or _POOLS[fields["pool"]]
+  pool = arguments.get("global_pool")
+  pool = _POOLS[fields["pool"]] if pool is None else pool
   of_all_tokens = fields["cls_token"] and arguments.get("pool_include_prefix") and pool == "avg"
   if pool not in _POOLS.values() or of_all_tokens:
     what = "pool_include_prefix" if of_all_tokens else f"global_pool {pool!r}"
