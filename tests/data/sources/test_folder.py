@@ -300,6 +300,22 @@ def test_enclosing_folder_suggested(inner, tmp_path):
     load_source(f"folder:{tmp_path}", "train")
 
 
+@pytest.mark.parametrize("files", [
+  ("fold1/a/1.png", "fold1/b/1.png", "fold2/c/1.png", "fold2/d/1.png"),
+  ("part_1/a/1.png", "part_1/b/1.png", "part_2/c/1.png"),
+  ("train/fold1/a/1.png", "train/fold1/b/1.png", "train/fold2/c/1.png", "test/a/1.png"),
+])  # fmt: skip
+def test_numbered_parts_with_disjoint_classes_raise(files, tmp_path):
+  write(tmp_path, *files)
+  with pytest.raises(ValueError, match=r"(fold1, fold2|part_1, part_2) contain a, b"):
+    load_source(f"folder:{tmp_path}", "train")
+
+
+def test_folders_inside_of_classes_belong_to_them(tmp_path):
+  write(tmp_path, "cats/siamese/1.png", "cats/persian/1.png", "dogs/poodle/1.png", "dogs/1.png")
+  assert load_source(f"folder:{tmp_path}", "all").info.class_names == ("cats", "dogs")
+
+
 @pytest.mark.parametrize("content", [b"caf\xe9\n", b'["a", '])
 def test_damaged_class_names_file_raises(content, tmp_path):
   (tmp_path / "names.txt").write_bytes(content)

@@ -209,7 +209,8 @@ def find_splits(location: str, class_names: Sequence[str] | str | None = None) -
   if "" in found and len(every) == 1:
     _check_not_wrapped(root / every[0], location)
   if not (names := read_class_names(class_names)):
-    _check_inner_folders(root, found.get("", []))
+    for split, files in found.items():
+      _check_inner_folders(folders[split], files)
     _check_names_differ(root, every)
     names = tuple(every)
   whole = base.DatasetInfo(f"folder:{location}", 0, len(names), names)
@@ -277,6 +278,9 @@ def _check_inner_folders(root: pathlib.Path, files: Sequence[tuple[str, str]]) -
   inside: dict[str, set[str]] = {}
   for top, *below in (path.split("/") for path, _ in files):
     inside.setdefault(top, set()).add("".join(below[:-1][:1]))  # empty: an image of `top` itself
+  stems = {re.sub(r"\d+", "", top) for top in inside}  # "fold" of fold1 and fold2
+  are_parts = len(inside) > len(stems) == 1 and re.search(r"[^\W_]", "".join(stems))
+  are_parts = are_parts and all("" not in names for names in inside.values())
   first: dict[str, str] = {}  # folders by the folders inside
   for top, names in sorted(inside.items()):
     listed = ", ".join((folders := sorted(names - {""}))[:_LISTED])
@@ -285,6 +289,7 @@ def _check_inner_folders(root: pathlib.Path, files: Sequence[tuple[str, str]]) -
         f"{root}: {top}/ has the folders {listed}; did you mean folder:{root / top}?"
       )
     alike = {top} if len(set(map(split_of, folders)) - {None}) > 1 else set()
+    alike |= set(inside) if are_parts and len(folders) > 1 else set()
     for other in {first.setdefault(name, top) for name in folders} - {top}:
       several = len(names | inside[other]) > 1 and "" not in names | inside[other]
       alike |= {other, top} if several or len((names & inside[other]) - {""}) > 1 else set()
