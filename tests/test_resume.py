@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests import command
+from tests.conftest import system_module
 from vit_jax_zoo.training.checkpoint import find_checkpoint, restore_variables
 
 NUM_STEPS = 100  # a signal at the second step arrives before the last step, on any machine
@@ -26,11 +27,11 @@ def uninterrupted(tmp_path_factory):
   return workdir, command.run(workdir, *RUN)
 
 
-def signal_once_it_trains(workdir, number, delay=0.0):
+def signal_once_it_trains(workdir, number, delay=0.0, run=RUN):
   """Signals a run `delay` seconds after its first new step; returns its exit code."""
   log = workdir / "metrics.jsonl"
   before = log.stat().st_size if log.exists() else 0
-  process = command.start(workdir, *RUN)
+  process = command.start(workdir, *run)
   deadline = time.monotonic() + 200
   while process.poll() is None and time.monotonic() < deadline:
     if log.exists() and log.stat().st_size != before:
@@ -42,13 +43,14 @@ def signal_once_it_trains(workdir, number, delay=0.0):
   return process.returncode
 
 
-def kill_at_random(workdir, seed):
-  return signal_once_it_trains(workdir, signal.SIGKILL, random.Random(seed).uniform(0, 0.2))
+def kill_at_random(workdir, seed, longest=0.2, run=RUN):
+  delay = random.Random(seed).uniform(0, longest)
+  return signal_once_it_trains(workdir, signal.SIGKILL, delay, run)
 
 
-def assert_same_run(workdir, other):
+def assert_same_run(workdir, other, num_steps=NUM_STEPS):
   found, expected = (find_checkpoint(run / "checkpoints") for run in (workdir, other))
-  assert found.name == expected.name == str(NUM_STEPS)
+  assert found.name == expected.name == str(num_steps)
   jax.tree.map(np.testing.assert_array_equal, restore_variables(found), restore_variables(expected))
   assert command.rows(workdir) == command.rows(other)
 
@@ -75,6 +77,45 @@ def test_killed_many_times(uninterrupted, tmp_path, first):
   assert -signal.SIGKILL in codes, "every signal arrived after the last step"
   command.run(tmp_path / "run", *RUN)
   assert_same_run(tmp_path / "run", uninterrupted[0])
+
+
+TWO_OPTIMIZERS = """
+from configs import ttsr
+
+def get_config(arg=""):
+  config = ttsr.demo(num_steps=30, batch_size=2)
+  config.task.update(adversarial_weight=1e-3, begin_step=4, discriminator_updates=2)
+  config.optimizer.discriminator = {"name": "adam", "learning_rate": 1e-4}
+  return config
+"""
+SMALL_DETR = (
+  "--config=configs/detr.py:demo,num_steps=30,batch_size=8",
+  "--config.model.width=16",
+  "--config.model.num_heads=2",
+  "--config.model.mlp_dim=16",
+  "--config.model.backbone.widths=(4, 4, 4, 4)",
+  "--config.model.backbone.stem_width=4",
+  "--config.eval_batch_size=8",
+  "--config.data.eval.test.split=test[:8]",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["detr", "ttsr"])
+def test_killed_run_with_matching_or_two_optimizers(tmp_path, system):
+  system_module(system)
+  (tmp_path / "own").mkdir()
+  (tmp_path / "own" / "gan.py").write_text(TWO_OPTIMIZERS)
+  config = SMALL_DETR if system == "detr" else (f"--config={tmp_path}/own/gan.py",)
+  every = ("--config.log_every=1", "--config.checkpoint.every=4", "--config.eval_every=15")
+  run = (*config, *every, "--config.explain=False")
+  command.run(tmp_path / "undisturbed", *run)
+  workdir = tmp_path / "killed"
+  assert signal_once_it_trains(workdir, signal.SIGTERM, run=run) == 143
+  for seed in range(2):
+    assert kill_at_random(workdir, seed, longest=2, run=run) == -signal.SIGKILL
+  assert "resumed at step" in command.run(workdir, *run)
+  assert_same_run(workdir, tmp_path / "undisturbed", 30)
 
 
 def test_last_lines_list_scores_and_outputs(uninterrupted):
