@@ -65,24 +65,56 @@ def test_timm_equals_exported_vit(fields, tmp_path):
   assert_same(timm_logits(tmp_path, images), ours(made, images))
 
 
-@pytest.mark.parametrize(
-  ("architecture", "arguments"),
-  [
-    ("test_vit", {}),
-    ("vit_large_patch16_siglip_gap_512", {"img_size": 32, "embed_dim": 64, "depth": 2}),
-  ],
-)
-def test_timm_architecture_sets_heads_and_activation(architecture, arguments, tmp_path):
+def timm_folder(architecture, arguments, folder):
+  """Writes a random model of timm with its `config.json`; returns the model."""
   timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
   torch.manual_seed(0)
   model = timm.create_model(architecture, num_classes=3, **arguments).eval()
   for parameter in model.parameters():
     torch.nn.init.normal_(parameter, std=0.2)
   arrays = {key: value.numpy() for key, value in model.state_dict().items()}
-  save_file(arrays, tmp_path / "model.safetensors")
+  save_file(arrays, folder / "model.safetensors")
   config = {"architecture": architecture, "model_args": arguments}
-  (tmp_path / "config.json").write_text(json.dumps(config))
-  heads = {"num_heads": 16} if "large" in architecture else {}
+  (folder / "config.json").write_text(json.dumps(config))
+  return model
+
+
+SMALL = {"img_size": 32, "embed_dim": 64, "depth": 2}
+
+
+@pytest.mark.parametrize(
+  ("architecture", "arguments", "message"),
+  [
+    ("deit3_small_patch16_224", SMALL, "LayerScale"),
+    ("beit_base_patch16_224", {**SMALL, "num_heads": 4}, "LayerScale"),
+    ("vit_medium_patch16_gap_240", SMALL, "LayerScale"),
+    ("vit_base_resnet26d_224", SMALL, "ResNet-D"),
+    ("eva_giant_patch14_224", {**SMALL, "img_size": 28, "num_heads": 4, "mlp_ratio": 2}, "q_bias"),
+    ("vit_base_patch16_224", {**SMALL, "global_pool": ""}, "global_pool"),
+    ("lambda_resnet26t", {"stem_pool": ""}, "stem_pool"),
+    ("lambda_resnet26t", {"act_layer": "gelu"}, "act_layer"),
+  ],
+)
+def test_other_timm_architectures_raise(architecture, arguments, message, tmp_path):
+  timm_folder(architecture, arguments, tmp_path)
+  with pytest.raises(WeightsError, match=message):
+    load_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ("architecture", "arguments"),
+  [
+    ("test_vit", {}),
+    ("vit_large_patch16_siglip_gap_512", SMALL),
+    ("vit_base_patch16_gap_224", {**SMALL, "num_heads": 2}),
+    ("eva_large_patch14_196", {**SMALL, "img_size": 28, "num_heads": 4}),
+    ("vit_base_patch16_clip_quickgelu_224", {**SMALL, "num_heads": 4, "pre_norm": False}),
+  ],
+)
+def test_timm_architecture_sets_heads_and_activation(architecture, arguments, tmp_path):
+  model = timm_folder(architecture, arguments, tmp_path)
+  torch = pytest.importorskip("torch")
+  heads = {"num_heads": 16} if architecture.startswith("vit_large") else {}
   loaded = load_pretrained(str(tmp_path), **heads)
   side = model.patch_embed.img_size[0]
   images = images_of((side, side))
