@@ -98,7 +98,6 @@ def test_collectives_multiplied_by_loop_length():
     "all-gather": 4 * 200 + 7 * 400,
     "reduce-scatter": 4 * 1 / 2 * 400,
   }
-  assert found.collective_counts == {"all-reduce": 12, "all-gather": 4 + 1, "reduce-scatter": 4}
   assert found.loops_of_unknown_length == 1
 
 
@@ -222,5 +221,5 @@ def test_compiled_scan_gathers_each_layer():
 
   found = hlo.traffic(jax.jit(forward).lower(weights, x).compile().as_text())
   assert found.loops_of_unknown_length == 0
-  assert found.collective_counts == {"all-gather": 7}
+  assert set(found.collective_bytes) == {"all-gather"}
   np.testing.assert_allclose(found.collective_bytes["all-gather"], 7 * 7 / 8 * 64 * 64 * 4)

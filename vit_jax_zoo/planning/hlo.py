@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 _SENT: Mapping[str, Callable[[int], float]] = {
@@ -84,7 +84,6 @@ class Traffic:
 
   memory_bytes: float = 0.0  # read from and written to main memory
   collective_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
-  collective_counts: Counter[str] = dataclasses.field(default_factory=Counter)
   loops_of_unknown_length: int = 0  # counted as one iteration
 
   def add(self, other: "Traffic") -> None:
@@ -92,7 +91,6 @@ class Traffic:
     self.memory_bytes += other.memory_bytes
     for kind, sent in other.collective_bytes.items():
       self.collective_bytes[kind] = self.collective_bytes.get(kind, 0.0) + sent
-    self.collective_counts.update(other.collective_counts)
     self.loops_of_unknown_length += other.loops_of_unknown_length
 
 
@@ -200,7 +198,7 @@ def _traffic(module: Module, name: str, times: int, *, fused: bool) -> Traffic:
       # A TPU's name for an all-reduce whose result is scattered.
       kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
       sent = size * _SENT[kind](group_size(instruction.rest, module.num_devices))
-      found.add(Traffic(0.0, {kind: times * sent}, Counter({kind: times})))
+      found.add(Traffic(0.0, {kind: times * sent}))
     else:
       for called in instruction.called:
         inside = fused or instruction.opcode not in _RUNNING
