@@ -3,6 +3,7 @@
 * `predictor("runs/detr_demo")("a.jpg")`: the result for an image, with `draw()` and `to_dict()`;
 * `create_model("vit_b16", num_classes=10)`: a Linen module;
 * `list_models("vit_*")`: the names that `create_model` takes, or published ones;
+* `list_configs()`: the shipped configs, such as "vit:s16_imagenet";
 * `load_pretrained("ViT-B_16.npz")`: a model with the weights of a published file or a run.
 
 The names are imported at their first use, so that `import vit_jax_zoo` is fast.
@@ -12,20 +13,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+  from vit_jax_zoo.config import list_configs
   from vit_jax_zoo.inference.base import Predictor, Result
   from vit_jax_zoo.inference.load import load_pretrained, predictor
   from vit_jax_zoo.registry import create_model, list_models
 
 __version__ = "0.1.0"
 __all__ = [
-  "Predictor", "Result", "__version__", "create_model", "list_models", "load_pretrained",
-  "predictor",
+  "Predictor", "Result", "__version__", "create_model", "list_configs", "list_models",
+  "load_pretrained", "predictor",
 ]  # fmt: skip
 
 _MODULES = {
   "Predictor": "inference.base",
   "Result": "inference.base",
   "create_model": "registry",
+  "list_configs": "config",
   "list_models": "registry",
   "load_pretrained": "inference.load",
   "predictor": "inference.load",

@@ -137,7 +137,20 @@ def load(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
   A file of the user takes precedence: `vit` is `vit.py`, `configs/vit.py` or the shipped one.
   """
   name, _, choice = argument.partition(":")
-  path = _find_config(name)
+  module = _import_config(name, _find_config(name))
+  config = complete(module.get_config(choice) if choice else module.get_config())
+  return apply_overrides(config, overrides)
+
+
+def list_configs() -> list[str]:
+  """Returns the shipped configs with their variants, as `--config` takes them: "vit:demo"."""
+  files = [file for file in sorted(config_folder().glob("[!_]*.py")) if file.stem != "common"]
+  return [
+    f"{file.stem}:{name}" for file in files for name in _import_config(file.stem, file).VARIANTS
+  ]
+
+
+def _import_config(name: str, path: pathlib.Path) -> Any:
   for folder in (config_folder(), path.resolve().parent):  # for `from configs import common`
     if str(folder.parent) not in sys.path:
       sys.path.insert(0, str(folder.parent))
@@ -151,8 +164,7 @@ def load(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
     raise ValueError(f"--config={name}: {type(error).__name__}: {error}") from error
   if not hasattr(module, "get_config"):
     raise ValueError(f"--config={name}: defines no get_config(arg); see configs/vit.py")
-  config = complete(module.get_config(choice) if choice else module.get_config())
-  return apply_overrides(config, overrides)
+  return module
 
 
 def complete(config: ConfigDict) -> ConfigDict:

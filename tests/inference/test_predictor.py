@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import vit_jax_zoo as zoo
+from tests.configs.recipes import CASES
 from tests.systems.detr.files import official_file
 from vit_jax_zoo.inference import base, create_predictor
 from vit_jax_zoo.inference.load import load
@@ -91,6 +92,10 @@ def test_names_of_pretrained_models():
   names = zoo.list_models(pretrained=True)
   assert {"vit_b16_imagenet21k", "detr_r101_coco_hub"} <= {*names}
   assert zoo.list_models("detr*", pretrained=True) == [n for n in names if n.startswith("detr")]
+
+
+def test_names_of_shipped_configs():
+  assert zoo.list_configs() == [f"{system}:{variant}" for system, variant in CASES]
 
 
 def test_package_shows_its_names_without_importing_jax():

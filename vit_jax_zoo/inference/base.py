@@ -8,10 +8,11 @@ import dataclasses
 import functools
 import io
 import itertools
+import operator
 import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias, overload
+from typing import Any, ClassVar, SupportsIndex, TypeAlias, overload
 
 import numpy as np
 import PIL.Image
@@ -20,6 +21,7 @@ from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.data import images as image_files
+from vit_jax_zoo.data.sources.base import CorruptExampleError
 from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.figures.canvas import render
 from vit_jax_zoo.registry import CORE, Option, systems
@@ -85,23 +87,16 @@ class Result:
   segments: Sequence[Mapping[str, Any]] | None = None  # the same, of the picture "panoptic"
 
   @classmethod
-  def of_objects(
-    cls,
-    record: dict[str, Any],
-    draw_pictures: Callable[[], Mapping[str, Picture]],
-    objects: Sequence[Mapping[str, Any]],
-    **more: Any,
-  ) -> "Result":
-    """Returns the result with `labels`, `scores` and `boxes` of COCO annotations, best first."""
+  def of_objects(cls, objects: Sequence[Mapping[str, Any]], **fields: Any) -> "Result":
+    """Returns the result with these COCO annotations, best first, and further fields."""
     labels = [found.get("name", str(found["category_id"])) for found in objects]
     scores = [found["score"] for found in objects]
     boxes = np.array([found["bbox"] for found in objects], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     parts = [f"{label} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
-    count = f"{len(parts)} object{'s'[: len(parts) != 1]}"
-    summary = f"{count}: {', '.join(parts)}" if parts else count
-    fields = {"labels": labels, "scores": scores, "boxes": boxes, "objects": objects}
-    return cls(record, draw_pictures, summary, **fields, **more)
+    summary = f"{len(parts)} object{'s'[: len(parts) != 1]}{':'[: len(parts)]} {', '.join(parts)}"
+    fields |= {"labels": labels, "scores": scores, "boxes": boxes, "objects": objects}
+    return cls(summary=summary.strip(), **fields)
 
   @functools.cached_property
   def pictures(self) -> Mapping[str, Picture]:
@@ -140,8 +135,8 @@ class Predictor(abc.ABC):
   """Maps images to results; its creation raises ValueError for invalid options."""
 
   reads: ClassVar[frozenset[str]]  # names of its options; `create_predictor` raises for others
-  batches: ClassVar[bool] = True  # False: always one image at a time
   batch_size: int = 1  # images of one size that are predicted at once, at most
+  workers: int = 4  # threads that read and prepare images
 
   def __init__(self, trained: Trained, options: Options) -> None:
     """Compiles nothing; the first image is slow."""
@@ -151,6 +146,11 @@ class Predictor(abc.ABC):
   def prepare(self, image: Image) -> Mapping[str, Any]:
     """Returns the arrays of an image's example; called in threads."""
     return self._trained.prepare(image)
+
+  def named(self, label: SupportsIndex) -> dict[str, str]:
+    """Returns a class's `name`, if it has one."""
+    names, index = self._task.class_names, operator.index(label)
+    return {"name": names[index]} if index < len(names) else {}
 
   @abc.abstractmethod
   def predict(self, images: Sequence[np.ndarray], batch: Mapping[str, np.ndarray]) -> list[Result]:
@@ -187,9 +187,8 @@ def read_image(source: ImageLike) -> Image:
     data = image_files.read_file(source)
     try:
       return image_files.decode_image(data)
-    except image_files.CorruptExampleError as error:
-      wrong = f"{os.fspath(source)} cannot be read: {error}"
-      raise image_files.CorruptExampleError(wrong) from None
+    except CorruptExampleError as error:
+      raise CorruptExampleError(f"{os.fspath(source)} cannot be read: {error}") from None
   array = np.asarray(source)
   if array.dtype != np.uint8 or not (array.ndim == 2 or array.shape[2:] == (3,)) or not array.size:
     raise ValueError(f"image: {array.dtype} {array.shape}; expected uint8 [h w 3] (RGB) or [h w]")
@@ -197,11 +196,11 @@ def read_image(source: ImageLike) -> Image:
 
 
 def predict_each(
-  predictor: Predictor, sources: Iterable[ImageLike], workers: int = 2
+  predictor: Predictor, sources: Iterable[ImageLike]
 ) -> Iterator[tuple[Image | None, Result | ValueError]]:
   """Yields each source's image and result in order; or the error, if it cannot be predicted.
 
-  `workers` threads read and prepare the images of the next batch; later ones are not held.
+  Threads read and prepare the images of the next batch; later ones are not held.
   """
 
   def _load(source: ImageLike) -> tuple[Image | None, Any]:
@@ -212,7 +211,7 @@ def predict_each(
       return None, error
 
   size, remaining, waiting = predictor.batch_size, iter(sources), collections.deque()
-  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+  with concurrent.futures.ThreadPoolExecutor(predictor.workers) as pool:
     while True:
       ahead = itertools.islice(remaining, 2 * size - len(waiting))
       waiting.extend(pool.submit(_load, source) for source in ahead)

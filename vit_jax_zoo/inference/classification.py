@@ -1,6 +1,5 @@
 """Classification of images: the most probable classes, with explanations."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -43,26 +42,24 @@ class ClassificationPredictor(Predictor):
     best = np.argsort(-probabilities, kind="stable")[: max(1, count)]
     names, scores = self._task.class_names, probabilities[best].tolist()
     top = [
-      {"label": label, **({"name": names[label]} if names else {}), "probability": score}
+      {"label": label, **self.named(label), "probability": score}
       for label, score in zip(best.tolist(), scores, strict=True)
     ]
     labels = [name_of(label, names) for label in best]
     summary = ", ".join(f"{n} {100 * p:.1f} %" for n, p in zip(labels, scores, strict=True))
-    explained = prepared if self._options.explain else None
-    shown = labels if names else [f"class {label}" for label in labels]
-    draw = functools.partial(self._draw, image, shown, scores, explained)
-    return Result({"top": top}, draw, summary, labels, scores)
+    explained = prepared[None] if self._options.explain else None
 
-  def _draw(
-    self, image: Image, names: list[str], scores: list[float], prepared: np.ndarray | None
-  ) -> dict[str, Picture]:
-    pictures: dict[str, Picture] = {"": draw_ranking(image, names, scores)}
-    if prepared is None:
-      return pictures
-    explanation = self._explain(self._trained.variables, {"image": prepared[None]})
-    explained = self._task.draw_explanation(jax.device_get(explanation))
-    of_model = {f"model_{name}": picture for name, picture in explained.model.items()}
-    return {**pictures, **explained.images, **of_model}
+    def draw() -> dict[str, Picture]:
+      shown = labels if names else [f"class {label}" for label in labels]
+      pictures: dict[str, Picture] = {"": draw_ranking(image, shown, scores)}
+      if explained is None:
+        return pictures
+      explanation = self._explain(self._trained.variables, {"image": explained})
+      drawn = self._task.draw_explanation(jax.device_get(explanation))
+      of_model = {f"model_{name}": picture for name, picture in drawn.model.items()}
+      return {**pictures, **drawn.images, **of_model}
+
+    return Result({"top": top}, draw, summary, labels, scores)
 
   def _compute_logits(self, variables: Any, image: Any) -> Any:
     images = normalize_images(jnp.asarray(image), self._task.image_mean, self._task.image_std)

@@ -14,16 +14,12 @@ def jit_by_image_size(
   predict: Callable[[Any, Mapping[str, Any]], Any],
 ) -> Callable[[Any, Mapping[str, Any]], Any]:
   """Returns `jax.jit(predict)` with bounded memory for images of many sizes."""
-  programs: dict[tuple[int, ...], Callable[[Any, Mapping[str, Any]], Any]] = {}
 
-  def run(variables: Any, batch: Mapping[str, Any]) -> Any:
-    shape = batch["image"].shape
-    if shape not in programs and len(programs) == MAX_PROGRAMS:
-      programs.pop(next(iter(programs)))  # the oldest
-    # jax.jit shares programs between equal functions.
-    return programs.setdefault(shape, jax.jit(functools.partial(predict)))(variables, batch)
+  @functools.lru_cache(MAX_PROGRAMS)
+  def program(_: tuple[int, ...]) -> Callable[[Any, Mapping[str, Any]], Any]:
+    return jax.jit(functools.partial(predict))  # jax.jit shares programs between equal functions
 
-  return run
+  return lambda variables, batch: program(batch["image"].shape)(variables, batch)
 
 
 def pad_example(

@@ -99,22 +99,17 @@ def predictor(
 ) -> base.Predictor:
   """Returns a predictor of images: `predictor("runs/detr_demo")("a.jpg")`, see `Predictor`.
 
-  Args:
-    model: a run, a published file or folder, or a name of `list_models(pretrained=True)`.
-    batch_size: images of one size that are predicted at once; None: 8 for classifiers, else 1.
-    class_names: names in order, for files without them.
-    **options: flags of `python -m vit_jax_zoo.predict` for the model's task: `top_k`, `explain`,
-      `threshold`, `reference` (an image), ...
-
-  Raises:
-    ValueError: an option is invalid or not of the model's task, or `load` cannot read the model.
+  `model` is a run, a published file or folder, or a name of `list_models(pretrained=True)`;
+  `batch_size` the number of images of one size that are predicted at once (None: 8 for classifiers,
+  else 1); `class_names` are for files without them. `options` are flags of `vit_jax_zoo.predict`
+  for the model's task: `top_k`, `explain`, `reference` (an image), ...; ValueError for others.
   """
   if batch_size is not None and batch_size < 1:
     raise ValueError(f"batch_size: {batch_size}; expected at least 1")
   images = {option.name for option in base.list_options() if option.type is pathlib.Path}
   given = {k: base.read_image(v) if k in images else v for k, v in options.items()}
   created = create_predictor(load(model, class_names=class_names), base.Options(**given))
-  if batch_size is not None and created.batches:
+  if batch_size is not None:
     created.batch_size = batch_size
   return created
 

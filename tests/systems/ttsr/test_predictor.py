@@ -1,18 +1,15 @@
 """Super-resolution of images of any size, and tiled prediction without seams."""
 
-import io
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rich.console
 from PIL import Image
 
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Trained
-from vit_jax_zoo.systems.ttsr import predictor as super_resolution
 from vit_jax_zoo.systems.ttsr.model import TTSR
 from vit_jax_zoo.systems.ttsr.predictor import SuperResolutionPredictor, cut
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
@@ -96,27 +93,6 @@ def test_tiled_prediction_equals_untiled(trained):
   assert np.mean(a != b) < 1e-3
 
 
-@pytest.mark.parametrize("size", [(70, 33), (7, 9)])
-def test_progress_is_logged_or_shown_as_bar_on_terminal(monkeypatch, size):
-  windows, lines = list(cut(size, 20, 4)), []
-  monkeypatch.setattr(super_resolution, "_LOG_SECONDS", -1)
-  monkeypatch.setattr(
-    super_resolution.logging, "info", lambda form, *args: lines.append(form % args)
-  )
-  assert list(super_resolution._progress(windows, "searching")) == windows
-  count = len(windows)
-  assert lines == [f"searching: {i + 1}/{count} windows, 0 s so far" for i in range(count)]
-  monkeypatch.setattr(super_resolution, "_LOG_SECONDS", 60)
-  assert list(super_resolution._progress(windows, "searching")) == windows
-  assert len(lines) == count
-  shown = io.StringIO()
-  terminal = rich.console.Console(file=shown, force_terminal=True)
-  monkeypatch.setattr(super_resolution.rich.console, "Console", lambda **_: terminal)
-  assert list(super_resolution._progress(windows, "enlarging")) == windows
-  assert "enlarging" in shown.getvalue()
-  assert "100%" in shown.getvalue()
-
-
 def test_reach_bounds_receptive_field(trained):
   """A changed row affects outputs at a distance, but none beyond `reach`."""
   size = 2 * MODEL.reach + 3
@@ -137,20 +113,16 @@ def test_reach_bounds_receptive_field(trained):
 
 @pytest.mark.parametrize(("size", "window", "reach"), [((70, 33), 20, 4), ((9, 200), 21, 10)])
 def test_tile_centers_cover_image_once(size, window, reach):
-  covered = np.zeros((1, *size), int)
-  inside = np.ones((1, *size), bool)
+  covered, inside = np.zeros(size, int), np.ones(size, bool)
   shapes = set()
   for part in cut(size, window, reach):
-    covered[part.core()] += 1
-    rows, columns = part.outer()
-    crop = inside[:, rows, columns]
+    covered[part.core] += 1
+    crop = inside[part.outer]
     shapes.add(crop.shape)
-    for axis, (kept, (first, end)) in enumerate(
-      ((part.core_rows, part.rows), (part.core_columns, part.columns))
-    ):
-      assert kept[0] - first >= reach or first == 0
-      assert end - kept[1] >= reach or end == size[axis]
-    assert crop[part.middle()].shape == covered[part.core()].shape
+    for kept, whole, side in zip(part.core, part.outer, size, strict=True):
+      assert kept.start - whole.start >= reach or whole.start == 0
+      assert whole.stop - kept.stop >= reach or whole.stop == side
+    assert crop[part.middle].shape == covered[part.core].shape
   assert (covered == 1).all()
   assert len(shapes) == 1  # one compiled program
   assert len(list(cut((10, 10), 10, 4))) == 1

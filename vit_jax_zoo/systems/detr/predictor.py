@@ -102,8 +102,8 @@ class DetectionPredictor(Predictor):
       return pictures
 
     mask = None if segments is None else segments + 1
-    record = {"detections": objects, **more}
-    return Result.of_objects(record, draw, objects, mask=mask, segments=more.get("segments_info"))
+    fields = {"mask": mask, "segments": more.get("segments_info"), "draw_pictures": draw}
+    return Result.of_objects(objects, record={"detections": objects, **more}, **fields)
 
   def _padded_side(self, side: int) -> int:
     """Rounds up by at most an eighth: a few sizes are compiled, instead of one for each image."""
@@ -112,8 +112,7 @@ class DetectionPredictor(Predictor):
     return -(-side // step) * step
 
   def _category(self, label: int) -> dict[str, Any]:
-    names = self._task.class_names
-    return {"category_id": label, **({"name": names[label]} if label < len(names) else {})}
+    return {"category_id": label, **self.named(label)}
 
   def _segments_info(self, segments: Segmentation) -> list[dict[str, Any]]:
     info = []

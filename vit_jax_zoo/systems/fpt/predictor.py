@@ -1,6 +1,5 @@
 """Prediction of label maps: overlay, label map, class fractions."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -26,11 +25,6 @@ class SegmentationPredictor(Predictor):
     super().__init__(trained, options)
     self._predict = jit_by_image_size(self._task.predict)
 
-  def prepare(self, image: Image) -> dict[str, np.ndarray]:
-    """Returns `image`, and `image_size` if it is padded."""
-    prepared = self._trained.prepare(image)
-    return {key: np.asarray(prepared[key]) for key in ("image", "image_size") if key in prepared}
-
   def predict(self, images: Sequence[np.ndarray], batch: Mapping[str, np.ndarray]) -> list[Result]:
     """Returns `classes`, largest first, and images in the input's size.
 
@@ -54,31 +48,28 @@ class SegmentationPredictor(Predictor):
     names = [str(entry.get("name", entry["label"])) for entry in classes]
     parts = [f"{n} {100 * c['fraction']:.1f} %" for n, c in zip(names, classes, strict=True)]
     explained = example["image"][:height, :width] if self._options.explain else None
-    draw = functools.partial(self._draw, image, labels, explained)
     scores = [entry["confidence"] for entry in classes]
+
+    def draw() -> dict[str, Picture]:
+      colors = color_labels(labels.astype(np.int32))
+      gray = image.astype(np.float32).mean(axis=-1, keepdims=True)
+      overlay = np.rint((1 - OPACITY) * gray + OPACITY * colors).astype(np.uint8)
+      pictures: dict[str, Picture] = {"": overlay, "labels": colors, "ids": labels}
+      if explained is not None:
+        explain = jax.jit(self._task.explain)
+        found = jax.device_get(explain(self._trained.variables, {"image": explained[None]}))
+        pictures["levels"] = self._task.draw_explanation(found).images["levels"]
+      return pictures
+
     return Result({"classes": classes}, draw, ", ".join(parts), names, scores, mask=labels)
 
-  def _draw(
-    self, image: Image, labels: np.ndarray, explained: np.ndarray | None
-  ) -> dict[str, Picture]:
-    colors = color_labels(labels.astype(np.int32))
-    gray = image.astype(np.float32).mean(axis=-1, keepdims=True)
-    overlay = np.rint((1 - OPACITY) * gray + OPACITY * colors).astype(np.uint8)
-    pictures: dict[str, Picture] = {"": overlay, "labels": colors, "ids": labels}
-    if explained is not None:
-      shown = {"image": explained[None]}
-      explanation = jax.jit(self._task.explain)(self._trained.variables, shown)
-      pictures["levels"] = self._task.draw_explanation(jax.device_get(explanation)).images["levels"]
-    return pictures
-
   def _classes(self, labels: np.ndarray, confidence: np.ndarray) -> list[dict[str, Any]]:
-    names = self._task.class_names
     found, counts = np.unique(labels, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     return [
       {
         "label": int(label),
-        **({"name": names[label]} if label < len(names) else {}),
+        **self.named(label),
         "fraction": float(count / labels.size),
         "confidence": float(confidence[labels == label].mean()),
       }

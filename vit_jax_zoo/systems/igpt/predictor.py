@@ -12,12 +12,8 @@ from vit_jax_zoo.systems.igpt.figures import draw_completions, keep_pixels
 
 
 class CompletionPredictor(Predictor):
-  """Keeps the top rows of an image as the prefix, and samples the rest several times.
+  """Keeps the top rows of an image as the prefix, and samples the rest several times."""
 
-  One image at a time: random numbers depend on the batch.
-  """
-
-  batches = False
   reads: ClassVar = frozenset({"prefix_fraction", "samples", "temperature", "top_k", "seed"})
 
   def __init__(self, trained: Trained, options: Options) -> None:
@@ -44,10 +40,13 @@ class CompletionPredictor(Predictor):
 
     Pictures: "" the figure, "samples" the prefix, the completions and the original side by side.
     """
-    del images
-    height, width = batch["image"].shape[1:3]
+    return [self._complete(image[None]) for image in batch["image"][: len(images)]]
+
+  def _complete(self, image: np.ndarray) -> Result:
+    """Completes an image [1 h w 3]; alone, as random numbers depend on the batch."""
+    height, width = image.shape[1:3]
     given = np.array([round(self._options.prefix_fraction * height) * width])
-    inputs = {"image": batch["image"], "prefix_length": given}
+    inputs = {"image": image, "prefix_length": given}
     found = jax.device_get(self._predict(self._trained.variables, inputs))
     quantized, completions = found["quantized"], found["completions"]
     pictures = [keep_pixels(quantized[0], int(given[0])), *completions[0], quantized[0]]
@@ -62,4 +61,4 @@ class CompletionPredictor(Predictor):
       return {"": draw_completions(quantized, given, completions), "samples": strip}
 
     summary = f"{nats:.3f} nats per pixel, {len(completions[0])} completions of {given[0]} pixels"
-    return [Result(record, draw, summary, image=strip)]
+    return Result(record, draw, summary, image=strip)

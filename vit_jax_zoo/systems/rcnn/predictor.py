@@ -53,15 +53,9 @@ class InstancePredictor(Predictor):
 
   def _result(self, image: Image, prepared: np.ndarray, found: dict[str, np.ndarray]) -> Result:
     confident = found["is_object"] & (found["scores"] >= self._options.threshold)
-    class_names = self._task.class_names
     labels, scores, boxes = (found[key][confident] for key in ("labels", "scores", "boxes_xyxy"))
     objects: list[dict[str, Any]] = [
-      {
-        "label": int(label),
-        **({"name": class_names[label]} if label < len(class_names) else {}),
-        "score": float(score),
-        "box": [float(x) for x in box],
-      }
+      {"label": int(label), **self.named(label), "score": float(score), "box": box.tolist()}
       for label, score, box in zip(labels, scores, boxes, strict=True)
     ]
     has_masks = "box_masks" in found
@@ -77,8 +71,8 @@ class InstancePredictor(Predictor):
     explained = prepared if self._options.explain else None
 
     def draw() -> dict[str, Picture]:
-      named = zip(labels, scores, strict=True)
-      captions = [f"{name_of(label, class_names)} {score:.0%}" for label, score in named]
+      names, named = self._task.class_names, zip(labels, scores, strict=True)
+      captions = [f"{name_of(label, names)} {score:.0%}" for label, score in named]
       title = f"{len(boxes)} predicted at {self._options.threshold:.0%} or more"
       pictures: dict[str, Picture] = {"": draw_detections(image, boxes, captions, labels, title)}
       if explained is not None:
@@ -88,7 +82,8 @@ class InstancePredictor(Predictor):
         pictures["masks"] = draw_predicted_masks(image, masks, captions)
       return pictures
 
-    result = Result.of_objects({"objects": objects}, draw, [_as_coco(entry) for entry in objects])
+    found_objects, record = [_as_coco(entry) for entry in objects], {"objects": objects}
+    result = Result.of_objects(found_objects, record=record, draw_pictures=draw)
     return result
 
   def _draw_levels(self, image: Image, prepared: np.ndarray, boxes: np.ndarray) -> Picture:

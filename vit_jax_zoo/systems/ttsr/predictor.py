@@ -4,23 +4,20 @@ Large images are processed in two tiled passes with bounded memory, equal to a s
 rounding: the search, and the rest of the network. Windows overlap by the receptive field of each.
 """
 
-import dataclasses
 import functools
+import itertools
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.progress
-from absl import logging
 from jaxtyping import Array, Num, UInt8
 
 from vit_jax_zoo.data.transforms.super_resolution import SCALE, crop_to_multiple, enlarge, shrink
 from vit_jax_zoo.inference.base import Image, Options, Picture, Predictor, Result, Trained
+from vit_jax_zoo.inference.progress import track
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.systems.ttsr.figures import draw_results
 from vit_jax_zoo.systems.ttsr.search import Match, find_matches, transfer
@@ -30,13 +27,11 @@ from vit_jax_zoo.systems.ttsr.task import to_pixels
 # no more pixels are processed at once.
 WINDOW = 360
 SEARCH_REACH = 8  # bounds the radius of the features' receptive field, 5, in pixels of the input
-_LOG_SECONDS = 10
 
 
 class SuperResolutionPredictor(Predictor):
   """Enlarges images four times; the reference's features are computed once."""
 
-  batches = False
   reads: ClassVar[frozenset[str]] = frozenset({"reference", "tile"})
 
   def __init__(self, trained: Trained, options: Options) -> None:
@@ -61,11 +56,13 @@ class SuperResolutionPredictor(Predictor):
     return {"image": image}
 
   def predict(self, images: Sequence[np.ndarray], batch: Mapping[str, np.ndarray]) -> list[Result]:
-    """Returns the enlarged image, and a figure of the source positions of its textures."""
+    """Returns enlarged images, each with a figure of the source positions of its textures."""
     del batch
-    image = images[0]
+    return [self._enlarge_or_advise(image) for image in images]
+
+  def _enlarge_or_advise(self, image: Image) -> Result:
     try:
-      return [self._enlarge(image)]
+      return self._enlarge(image)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
       if getattr(error, "error_code_string", "RESOURCE_EXHAUSTED") != "RESOURCE_EXHAUSTED":
         raise
@@ -111,21 +108,24 @@ class SuperResolutionPredictor(Predictor):
   def _match(self, upsampled: UInt8[np.ndarray, "h4 w4 3"]) -> Match:
     size = tuple(side // SCALE for side in upsampled.shape[:2])
     match = np.zeros((1, *size), np.int32), np.zeros((1, *size), np.float32)
-    for part in _progress(list(cut(size, self._window, SEARCH_REACH)), "searching"):
-      found = self._jitted_search(_batch(upsampled[part.outer(SCALE)]), self._reference_features[0])
+    windows = list(cut(size, self._window, SEARCH_REACH))
+    for part in track(windows, "searching", len(windows), "windows"):
+      found = self._jitted_search(
+        _batch(upsampled[scaled(part.outer)]), self._reference_features[0]
+      )
       for whole, own in zip(match, found, strict=True):
-        whole[part.core()] = np.asarray(own)[part.middle()]
+        whole[0][part.core] = np.asarray(own)[0][part.middle]
     return Match(*map(jnp.asarray, match))
 
   def _assemble(self, image: Image, match: Match) -> tuple[UInt8[np.ndarray, "H W 3"], int]:
     result = np.zeros((1, *(SCALE * side for side in image.shape[:2]), 3), np.uint8)
     windows = list(cut(image.shape[:2], self._window, self._model.reach))
-    for part in _progress(windows, "enlarging"):
-      rows, columns = part.outer()
+    for part in track(windows, "enlarging", len(windows), "windows"):
+      rows, columns = part.outer
       around = Match(*(x[:, rows, columns] for x in match))
       textures = self._reference_features[1]
       restored = self._jitted_restore(_batch(image[rows, columns]), around, textures)
-      result[part.core(SCALE)] = np.asarray(restored)[part.middle(SCALE)]
+      result[0][scaled(part.core)] = np.asarray(restored)[0][scaled(part.middle)]
     return result[0], len(windows)
 
   def _features(self, images: Num[Array, "b h w 3"], *, precise: bool) -> tuple[Array, ...]:
@@ -158,31 +158,17 @@ def compiler_options() -> dict[str, bool | str] | None:
   return options
 
 
-@dataclasses.dataclass(frozen=True)
-class Window:
-  """A window of an image: start and stop of rows and columns, in pixels of the input."""
+class Window(NamedTuple):
+  """A window of an image: (rows, columns) as slices, in pixels of the input."""
 
-  rows: tuple[int, int]
-  columns: tuple[int, int]
-  core_rows: tuple[int, int]  # those whose results are used
-  core_columns: tuple[int, int]
-
-  def outer(self, scale: int = 1) -> tuple[slice, slice]:
-    """Returns the window's slices in an image of `scale` times the sides."""
-    return _scaled(self.rows, scale), _scaled(self.columns, scale)
-
-  def core(self, scale: int = 1) -> tuple[slice, slice, slice]:
-    """Returns the slices of the core in the image's result [1 h w ...]."""
-    return slice(None), _scaled(self.core_rows, scale), _scaled(self.core_columns, scale)
-
-  def middle(self, scale: int = 1) -> tuple[slice, slice, slice]:
-    """Returns the slices of the core in the window's result [1 h w ...]."""
-    rows = _scaled(self.core_rows, scale, self.rows[0])
-    return slice(None), rows, _scaled(self.core_columns, scale, self.columns[0])
+  outer: tuple[slice, ...]  # of the image
+  core: tuple[slice, ...]  # of the image, those whose results are used
+  middle: tuple[slice, ...]  # the core's, of the window
 
 
-def _scaled(side: tuple[int, int], scale: int, origin: int = 0) -> slice:
-  return slice(scale * (side[0] - origin), scale * (side[1] - origin))
+def scaled(slices: tuple[slice, ...], scale: int = SCALE) -> tuple[slice, ...]:
+  """Returns the slices in an image of `scale` times the sides."""
+  return tuple(slice(scale * side.start, scale * side.stop) for side in slices)
 
 
 def cut(size: tuple[int, ...], window: int, reach: int) -> Iterator[Window]:
@@ -193,33 +179,18 @@ def cut(size: tuple[int, ...], window: int, reach: int) -> Iterator[Window]:
   """
   if math.prod(size) <= window**2:
     window = max(size)
-  for rows, core_rows in _cut_side(size[0], window, reach):
-    for columns, core_columns in _cut_side(size[1], window, reach):
-      yield Window(rows, columns, core_rows, core_columns)
+  for sides in itertools.product(*(_cut_side(side, window, reach) for side in size)):
+    yield Window(*zip(*sides, strict=True))
 
 
-def _cut_side(length: int, window: int, reach: int) -> Iterator[tuple[tuple[int, int], ...]]:
+def _cut_side(length: int, window: int, reach: int) -> Iterator[tuple[slice, slice, slice]]:
   window, start = min(window, length), 0
   while start < length:
     first = min(max(start - reach, 0), length - window)
     end = first + window
     stop = length if end == length else max(start + window - 2 * reach, end - reach)
-    yield (first, end), (start, stop)
+    yield slice(first, end), slice(start, stop), slice(start - first, stop - first)
     start = stop
-
-
-def _progress(windows: list[Window], what: str) -> Iterator[Window]:
-  """Yields windows with a progress bar on a terminal, else with a log line at most every 10 s."""
-  console = rich.console.Console(stderr=True)
-  if console.is_terminal:
-    yield from rich.progress.track(windows, what, console=console, transient=True)
-    return
-  start = logged = time.monotonic()
-  for done, window in enumerate(windows, 1):
-    yield window
-    if (now := time.monotonic()) - logged > _LOG_SECONDS:
-      logged = now
-      logging.info("%s: %d/%d windows, %.0f s so far", what, done, len(windows), now - start)
 
 
 def _batch(image: UInt8[np.ndarray, "h w 3"]) -> Array:
