@@ -18,6 +18,7 @@ from ml_collections.config_dict import placeholder
 from vit_jax_zoo.data.pipeline import LOADER_FIELDS
 from vit_jax_zoo.errors import check_names, unknown_name
 from vit_jax_zoo.registry import systems
+from vit_jax_zoo.training.loggers import check_loggers
 from vit_jax_zoo.training.optim import optimizer_fields
 
 
@@ -49,6 +50,7 @@ def defaults() -> ConfigDict:
       # In steps; 0: at the end only. The last two may be fractions of the run: 0.05 is 20 times.
       # The state is also saved before each evaluation.
       "log_every": 50,
+      "logging": ("tensorboard",),  # also "wandb", "mlflow", "comet": see `training.loggers`
       "eval_every": 0,
       "checkpoint": {
         "every": 0,
@@ -336,6 +338,7 @@ def check_values(config: ConfigDict) -> None:
   if config.num_steps is None and config.num_epochs is None:
     raise ValueError("config.num_steps: not set; expected num_steps or num_epochs")
   _check_minima(config)
+  check_loggers(config.logging)
   seed = config.seed
   if isinstance(seed, bool) or not (isinstance(seed, int) and 0 <= seed < 1 << 63):
     raise ValueError(f"config.seed: {seed}; expected an integer, at least 0 and below 2**63")

@@ -21,7 +21,8 @@ from vit_jax_zoo.training import atomic_write, disk_errors
 CONFIG_FILE, DATA_FILE = "config.json", "data.json"
 
 HARMLESS = (
-  "log_every", "eval_every", "eval_batch_size", "checkpoint", "data.loader", "sharding", "recipe",
+  "log_every", "logging", "eval_every", "eval_batch_size", "checkpoint", "data.loader", "sharding",
+  "recipe",
 )  # fmt: skip
 """Fields that may change when a run resumes: its results do not depend on them."""
 

@@ -1,6 +1,5 @@
 """Logs the parameter table, class counts, learning-rate advice and first-batch figures."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -38,9 +37,7 @@ def log_summary(
     return
   for advice in advise(config.to_dict()):
     logging.log(logging.WARNING if advice.is_warning else logging.INFO, advice.text)
-  plain = as_json(config)
-  writer.write_text(0, "config", f"```\n{json.dumps(plain, indent=1)}\n```")
-  writer.write_hparams(plain)
+  writer.write_config(as_json(config))
   figures = {f"train_{k}": v for k, v in program.task.batch_figures(batch).items()}
   info, counts = sources["train"].info, count_classes(sources)
   for line in describe_balance(counts, info.class_names):

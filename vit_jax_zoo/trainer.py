@@ -127,7 +127,7 @@ def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpoint
       run_metadata.save_config(config, workdir)
       run_metadata.save_data(experiment.train_source.info, first, workdir)
     with (
-      MetricWriter(workdir, resume_step=start or None) as writer,
+      MetricWriter(workdir, resume_step=start or None, loggers=config.logging) as writer,
       contextlib.closing(_progress(experiment, program, start)) as progress,
     ):
       if not start:

@@ -40,7 +40,7 @@ def test_figures_and_texts_disk_full_raises(tmp_path, size):
   with small_files(size), one_line(message), MetricWriter(tmp_path) as writer:
     for step in range(20):
       writer.write_figures(step, {"batch": Figure()})
-      writer.write_text(step, "config", "seed: 0\n" * 1000)
+      writer.write_config({"seeds": "0" * 9000})
 
 
 def test_run_files_disk_full_raises(tmp_path):

@@ -6,7 +6,7 @@
 
 NaN and infinities are strings in `metrics.jsonl`: "NaN", "Infinity", "-Infinity". A run that
 resumes removes the rows of later steps. Objects in a bucket (gs://...) cannot be appended to: files
-are written to a local directory, and uploaded by `flush`.
+are written to a local directory, and uploaded by `flush`. `loggers` has the other services.
 """
 
 import concurrent.futures
@@ -20,7 +20,7 @@ import pathlib
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,10 +37,11 @@ from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from vit_jax_zoo.errors import escape_surrogates
+from vit_jax_zoo.errors import escape_surrogates, one_line
 from vit_jax_zoo.figures.canvas import render
 from vit_jax_zoo.training import atomic_write, disk_errors
 from vit_jax_zoo.training.distributed import is_primary
+from vit_jax_zoo.training.loggers import open_services
 
 
 class EventFile:
@@ -74,10 +75,17 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
   """Writes scalars, figures, text and hyper-parameters of one run, in a background thread.
 
   Errors of the thread (a full disk) are raised by `flush`, so that training continues to the next
-  checkpoint. Rows after `resume_step` (None: all) are removed. Only process 0 writes.
+  checkpoint. Rows after `resume_step` (None: all) are removed. Only process 0 writes. `loggers` is
+  `config.logging`; a service that fails later is dropped with a warning.
   """
 
-  def __init__(self, workdir: epath.PathLike, *, resume_step: int | None = None):
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    *,
+    resume_step: int | None = None,
+    loggers: Sequence[str] = ("tensorboard",),
+  ):
     self._enabled = is_primary()
     self._futures: list[concurrent.futures.Future[None]] = []
     if not self._enabled:
@@ -85,13 +93,17 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
     self._bucket = _Bucket(workdir) if "://" in os.fspath(workdir) else None
     self._workdir = self._bucket.local if self._bucket else pathlib.Path(workdir)
     last_step = -1 if resume_step is None else resume_step
+    options = {"folder": "." if self._bucket else str(workdir), "resume": resume_step is not None}
     with self._disk_errors():
       self._workdir.mkdir(parents=True, exist_ok=True)
+      self._services = open_services(loggers, epath.Path(workdir), **options)
       path = self._workdir / METRICS_FILE
       _truncate(path, last_step)
       self._file = path.open("a", encoding="utf-8")
-      number = len(list(epath.Path(workdir).glob("events.out.tfevents.*")))
-      self._tensorboard = EventFile(self._workdir, number=number, purge_step=last_step + 1)
+      self._tensorboard = None
+      if "tensorboard" in loggers:
+        number = len(list(epath.Path(workdir).glob("events.out.tfevents.*")))
+        self._tensorboard = EventFile(self._workdir, number=number, purge_step=last_step + 1)
     self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="metric_writer")
 
   def __exit__(self, *_: object) -> None:
@@ -110,13 +122,9 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
         self._submit(self._write_image, step, name, render(figure), best_step)
       plt.close(figure)
 
-  def write_text(self, step: int, name: str, text: str) -> None:
-    """Writes a Markdown text for TensorBoard."""
-    self._submit(self._write_text, step, name, text)
-
-  def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    """Writes the configuration, nested dicts as "optimizer.learning_rate", for TensorBoard."""
-    self._submit(self._write_hparams, traverse_util.flatten_dict(dict(hparams), sep="."))
+  def write_config(self, config: Mapping[str, Any]) -> None:
+    """Writes the config: as text, and nested fields as "optimizer.learning_rate"."""
+    self._submit(self._write_config, dict(config))
 
   def flush(self) -> None:
     """Writes everything to disk, before a checkpoint; raises OSError, also of earlier writes."""
@@ -127,7 +135,8 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
       for future in futures:
         future.result()
       self._file.flush()
-      self._tensorboard.flush()
+      if self._tensorboard:
+        self._tensorboard.flush()
       if self._bucket:
         self._bucket.upload()
 
@@ -144,6 +153,7 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
         for part in (self._bucket, self._tensorboard, self._file):
           if part:
             stack.callback(part.close)
+        self._send("close")
 
   def _submit(self, write: Callable[..., None], *args: Any) -> None:
     if self._enabled:
@@ -163,7 +173,9 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
     self._file.flush()
     for name, value in values.items():
       self._add(step, tag=name, simple_value=value)
-    self._tensorboard.flush()
+    if self._tensorboard:
+      self._tensorboard.flush()
+    self._send("scalars", step, values)
 
   def _write_image(self, step: int, name: str, pixels: np.ndarray, best_step: int | None) -> None:
     path = _figure_path(self._workdir, step, name)
@@ -171,22 +183,33 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
     kept = {path, _figure_path(self._workdir, best_step or 0, name)}
     for old in set(path.parent.glob(f"{glob.escape(path.name[:-12])}{'[0-9]' * 8}.png")) - kept:
       old.unlink()
+    self._send("image", step, name, pixels)
     height, width, colorspace = pixels.shape
     fields = {"height": height, "width": width, "colorspace": colorspace}
     self._add(step, tag=name, image=Summary.Image(**fields, encoded_image_string=png))
 
-  def _write_text(self, step: int, name: str, text: str) -> None:
-    metadata = create_summary_metadata(display_name=name, description="")
-    tag, tensor = f"{name}/text_summary", make_tensor_proto(escape_surrogates(text))
-    self._add(step, tag=tag, metadata=metadata, tensor=tensor)
-
   def _add(self, step: int, **value: Any) -> None:
-    self._tensorboard.add(Summary(value=[Summary.Value(**value)]), step)
+    if self._tensorboard:
+      self._tensorboard.add(Summary(value=[Summary.Value(**value)]), step)
 
-  def _write_hparams(self, flat: Mapping[str, Any]) -> None:
-    plain = bool | int | float
+  def _write_config(self, config: dict[str, Any]) -> None:
+    flat, plain = traverse_util.flatten_dict(config, sep="."), bool | int | float
     values = {k: v if isinstance(v, plain) else escape_surrogates(str(v)) for k, v in flat.items()}
-    self._tensorboard.add(hparams_pb(values))
+    self._send("hparams", values)
+    if self._tensorboard:
+      text = f"```\n{json.dumps(config, indent=1)}\n```"
+      metadata = create_summary_metadata(display_name="config", description="")
+      self._add(0, tag="config/text_summary", metadata=metadata, tensor=make_tensor_proto(text))
+      self._tensorboard.add(hparams_pb(values))
+
+  def _send(self, kind: str, *args: Any) -> None:
+    for name, service in list(self._services.items()):
+      try:
+        getattr(service, kind)(*args)
+      except Exception as error:
+        del self._services[name]
+        text = "%s: %s; the run continues and is no longer logged there"
+        logging.warning(text, name, one_line(str(error)))
 
 
 class _Bucket:
