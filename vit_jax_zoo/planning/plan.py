@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
@@ -168,6 +169,8 @@ def make_plan(
 
 
 def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) -> Plan:
+  devices = f"{plan.num_devices} devices of {machine.name}"
+  logging.info("compiling %s for %s; minutes, or an hour for large models", plan.config, devices)
   start, cpu_start = time.perf_counter(), time.process_time()
   with jax.set_mesh(program.mesh):
     lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
