@@ -10,9 +10,10 @@
 | npz              | file in Google's layout                    | vision_transformer       |
 | orbax            | folder: a checkpoint of this package       | `--model`, Orbax         |
 | stablehlo        | folder: model.stablehlo, the whole program | any program with JAX     |
+| onnx             | folder: model.onnx, the whole program      | ONNX Runtime and others  |
 
 Systems register further formats (`registry.Format`). If a format does not support a model, the
-error names the field. Models with several inputs (TTSR) cannot be written as StableHLO. Each
+error names the field. Models with several inputs (TTSR) cannot be written as programs. Each
 export has a model card, README.md; `--push_to_hub=user/name` uploads it all.
 """
 
@@ -29,7 +30,7 @@ from vit_jax_zoo import cli
 from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.inference import model_card
 from vit_jax_zoo.inference.load import load_pretrained
-from vit_jax_zoo.inference.programs import plain, write_stablehlo
+from vit_jax_zoo.inference.programs import plain, write_onnx, write_stablehlo
 from vit_jax_zoo.registry import family_of, systems, variants
 from vit_jax_zoo.run_metadata import CONFIG_FILE, DATA_FILE
 from vit_jax_zoo.tasks import task_fields
@@ -75,9 +76,12 @@ def main(argv: Sequence[str]) -> int:
   return 0
 
 
+PROGRAMS = {"stablehlo": write_stablehlo, "onnx": write_onnx}
+
+
 def formats_of(family: str) -> tuple[str, ...]:
   """Returns the names of the formats in which a family of models can be written."""
-  excluded = {"orbax": "parts", "stablehlo": "several_inputs"}
+  excluded = {"orbax": "parts", **dict.fromkeys(PROGRAMS, "several_inputs")}
   every = systems().values()
   left = {form for form, field in excluded.items() for s in every if family in getattr(s, field)}
   return (*writable_formats(family), *(form for form in excluded if form not in left))
@@ -87,10 +91,10 @@ def write(pretrained: Pretrained, form: str, path: str) -> None:
   """Writes a model in one of `formats_of` its family; ValueError if the format is another."""
   family = family_of(pretrained.model)
   check_names(f"format of {family}", [form], formats_of(family))
-  if form == "orbax":
+  if form in PROGRAMS:
+    PROGRAMS[form](pretrained, path)
+  elif form == "orbax":
     write_orbax(pretrained, family, path)
-  elif form == "stablehlo":
-    write_stablehlo(pretrained, path)
   else:
     writable_formats(family)[form].write_checkpoint(path, export_of(pretrained))
 

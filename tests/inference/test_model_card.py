@@ -127,7 +127,7 @@ def hub_server(monkeypatch):
     url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield url, requests, files
     server.shutdown()

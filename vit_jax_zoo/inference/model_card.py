@@ -3,6 +3,8 @@
 import dataclasses
 import importlib
 import json
+import pathlib
+import tomllib
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,25 +23,7 @@ from vit_jax_zoo.weights.model_index import entries
 
 MADE_BY = "exported by vit_jax_zoo"
 
-_LIBRARIES = {"safetensors-timm": "timm", "hf": "transformers", "stablehlo": "jax"}
-"""Format -> the hub's `library_name`."""
-_USAGE = {
-  "safetensors-timm": """import timm
-model = timm.create_model("{timm}", pretrained=True)
-""",
-  "hf": """import transformers
-model = transformers.{architecture}.from_pretrained("{name}")
-processor = transformers.AutoImageProcessor.from_pretrained("{name}")
-""",
-  "stablehlo": """import pathlib, jax.export
-program = jax.export.deserialize(pathlib.Path({path}, "model.stablehlo").read_bytes())
-outputs = program.call(images)  # model.json has the shapes and the preprocessing
-""",
-}
-_HERE = """import vit_jax_zoo as zoo
-pretrained = zoo.load_pretrained({path})
-outputs = pretrained.model.apply(pretrained.variables, pretrained.preprocess(images))
-"""
+_USAGE = tomllib.loads(pathlib.Path(__file__).with_name("usage.toml").read_text())
 
 
 def write(
@@ -77,7 +61,7 @@ def write(
   text += "".join(f"\n## {name}\n\n{content}\n" for name, content in sections.items())
   metadata = {
     "license": license_id,
-    "library_name": _LIBRARIES.get(form, "vit_jax_zoo"),
+    "library_name": _USAGE.get(form, _USAGE["other"])["library"],
     "pipeline_tag": task and task.hub_task,
     "tags": ["vit_jax_zoo", family_of(model)],
   }
@@ -126,5 +110,5 @@ def _usage(output: epath.Path, form: str, hub_name: str) -> str:
   fields = {"path": path, "name": name, "timm": f"{'hf-hub' if hub_name else 'local-dir'}:{name}"}
   if form == "hf":
     fields["architecture"] = json.loads((output / "config.json").read_text())["architectures"][0]
-  code = _USAGE.get(form, "") + ("" if form == "stablehlo" else _HERE)
-  return "import huggingface_hub\n" * ("huggingface_hub." in path) + code.format(**fields)
+  code = _USAGE.get(form, _USAGE["other"])["code"].format(**fields)
+  return "import huggingface_hub\n" * ("huggingface_hub." in path) + code

@@ -2,61 +2,118 @@
 
 import dataclasses
 import json
+import logging as python_logging
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.extend.core import jaxpr_as_fun
 
 from vit_jax_zoo.inference.load import task_of
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.tasks import tasks
-from vit_jax_zoo.weights import Pretrained
+from vit_jax_zoo.weights import Pretrained, relayout
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-STABLEHLO_FILE, NOTES_FILE = "model.stablehlo", "model.json"
-MAX_STABLEHLO = 2_000_000_000  # bytes; 2 GiB is the maximum size of a protocol buffer
+STABLEHLO_FILE, ONNX_FILE, NOTES_FILE = "model.stablehlo", "model.onnx", "model.json"
+MAX_BYTES = 2_000_000_000  # 2 GiB is the maximum size of a protocol buffer
 
 
-def write_stablehlo(pretrained: Pretrained, path: str) -> None:
-  """Writes the model as a program for any batch size, with weights and normalisation.
+def make_program(pretrained: Pretrained, *, one_by_one: bool = True) -> tuple[Any, Any, Any]:
+  """Returns a model with its normalisation as a function, its arguments by name, and model.json.
 
-  `jax.export.deserialize(content).call(images)` takes float32 [b h w c] in [0, 255]; a detector's
-  also `image_size` int32 [b 2], height and width without the padding, and returns detections.
-  `model.json` has the shapes, and the preprocessing before the call.
+  `images` [b h w c] are float32 in [0, 255], of one size; a detector's `image_size` int32 [b 2] is
+  height and width without the padding. `one_by_one`: detectors take one image at a time.
   """
   size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(pretrained.variables))
-  if size > MAX_STABLEHLO:
+  if size > MAX_BYTES:
     raise ValueError(f"weights: {size / 1e9:.1f} GB; expected at most 2. Use --format=orbax")
   preprocess = pretrained.preprocess
   is_detector = bool(pretrained.task) and tasks()[pretrained.task].predicts_boxes
   shape = (*jax.export.symbolic_shape("b"), *program_size(pretrained), preprocess.channels)
-  arguments = [jax.ShapeDtypeStruct(shape, jnp.float32)]
-  if is_detector:
-    arguments.append(jax.ShapeDtypeStruct((shape[0], 2), jnp.int32))
-  program = _detector(pretrained) if is_detector else _program(pretrained)
-  exported = jax.export.export(jax.jit(program), platforms=PLATFORMS)(*arguments)
-  folder = epath.Path(path)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / STABLEHLO_FILE).write_bytes(bytes(exported.serialize()))
-  leaves = exported.out_tree.unflatten(exported.out_avals)
-  outputs = {
-    jax.tree_util.keystr(key, simple=True, separator="/"): [*map(str, leaf.shape), leaf.dtype.name]
-    for key, leaf in jax.tree_util.tree_leaves_with_path(leaves)
-  }
+  function = _detector(pretrained, one_by_one=one_by_one) if is_detector else _program(pretrained)
+  arguments = {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
   notes = {
     "images": [*map(str, shape), "float32 in [0, 255]"],
-    "outputs": outputs,
-    "platforms": list(PLATFORMS),
     "class_names": list(pretrained.class_names),
     "preprocess": plain(dataclasses.asdict(preprocess)),
     "steps": preprocessing_steps(pretrained),
   }
   if is_detector:
+    arguments["image_size"] = jax.ShapeDtypeStruct((shape[0], 2), jnp.int32)
+    notes["boxes_xyxy"] = "in pixels of the resized image without its padding"
     notes["image_size"] = ["b", "2", "int32, height and width without the padding"]
-  (folder / NOTES_FILE).write_text(json.dumps(notes, indent=1) + "\n")
+  return function, arguments, notes
+
+
+def write_stablehlo(pretrained: Pretrained, path: str) -> None:
+  """Writes a program that `jax.export.deserialize` reads, and model.json."""
+  function, arguments, notes = make_program(pretrained)
+  exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*arguments.values())
+  outputs = exported.out_tree.unflatten(exported.out_avals)
+  notes["platforms"] = list(PLATFORMS)
+  _save(path, STABLEHLO_FILE, bytes(exported.serialize()), notes, outputs)
+
+
+def write_onnx(pretrained: Pretrained, path: str) -> None:
+  """Writes model.onnx and model.json; ValueError if jax2onnx cannot convert the model."""
+  try:
+    python_logging.getLogger("jax2onnx").setLevel("ERROR")  # it warns of its optional imports
+    jax2onnx, helper, runtime = map(import_module, ("jax2onnx", "onnx.helper", "onnxruntime"))
+  except ImportError:
+    fix = "pip install -e '.[onnx]' && pip install --no-deps jax2onnx"
+    raise ImportError(f"--format=onnx: needs jax2onnx, onnx and onnxruntime; {fix}") from None
+  if hasattr(pretrained.model, "scan_layers"):
+    model = pretrained.model.clone(scan_layers=False)
+    variables = relayout(pretrained.variables, scan_layers=False)
+    pretrained = dataclasses.replace(pretrained, model=model, variables=variables)
+  function, arguments, notes = make_program(pretrained, one_by_one=False)
+  try:
+    # Traced here: jax2onnx replaces functions of JAX and Flax while it traces, some of them wrong.
+    jaxpr, outputs = jax.make_jaxpr(function, return_shape=True)(*arguments.values())
+    flat = lambda *inputs: tuple(jaxpr_as_fun(jaxpr)(*inputs))  # noqa: E731
+    names = {"input_names": list(arguments), "output_names": list(by_name(outputs))}
+    converted = jax2onnx.to_onnx(flat, [*arguments.values()], return_mode="proto", **names)
+    _pool_two_axes(converted.graph, helper)
+    content = converted.SerializeToString()
+    runtime.InferenceSession(content)  # raises for a graph that it cannot run
+  except Exception as error:  # of any class, from the converter's depths
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    wrong = f"--format=onnx: {type(pretrained.model).__name__} cannot be converted ({reason})"
+    raise ValueError(f"{wrong}; use --format=stablehlo") from None
+  _save(path, ONNX_FILE, content, notes, outputs)
+
+
+def _pool_two_axes(graph: Any, helper: Any) -> None:
+  """Replaces jax2onnx's pools of all axes of [1 1 b h w c], by those of [b c h w]."""
+  for i, node in enumerate(graph.node):
+    attributes = {a.name: a.ints for a in node.attribute}
+    if node.op_type == "MaxPool" and len(attributes["kernel_shape"]) == 4:
+      first, second, squeeze = (graph.node[i + k] for k in (-2, -1, 1))
+      for other, order in ((first, (0, 3, 1, 2)), (squeeze, (0, 2, 3, 1))):
+        other.CopyFrom(helper.make_node("Transpose", other.input[:1], other.output, perm=order))
+      second.CopyFrom(helper.make_node("Identity", second.input[:1], second.output))
+      for values in attributes.values():
+        values[:] = [v for i, v in enumerate(values) if i % 4 in (1, 2)]
+  del graph.value_info[:]
+
+
+def _save(path: str, file: str, content: bytes, notes: dict[str, Any], outputs: Any) -> None:
+  shapes = {key: [*map(str, x.shape), x.dtype.name] for key, x in by_name(outputs).items()}
+  folder = epath.Path(path)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / file).write_bytes(content)
+  (folder / NOTES_FILE).write_text(json.dumps({**notes, "outputs": shapes}, indent=1) + "\n")
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+  """Returns the leaves of a tree by their path."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(key, simple=True, separator="/"): leaf for key, leaf in leaves}
 
 
 def program_size(pretrained: Pretrained) -> tuple[int, int]:
@@ -93,24 +150,17 @@ def preprocessing_steps(pretrained: Pretrained) -> list[str]:
   if is_detector:
     padded = " x ".join(map(str, program_size(pretrained)))
     steps.append(f"pad at the right and bottom to {padded}, with any value")
-  return [
-    *steps,
-    f"in the program: image / 255, minus mean {preprocess.means}, divided by std {preprocess.stds}",
-    *(["boxes_xyxy: in pixels of the resized image without its padding"] if is_detector else []),
-  ]
+  numbers = f"minus mean {preprocess.means}, divided by std {preprocess.stds}"
+  return [*steps, f"in the program: image / 255, {numbers}"]
 
 
 def _program(pretrained: Pretrained) -> Any:
-  model, preprocess = pretrained.model, pretrained.preprocess
+  model, numbers = pretrained.model, (pretrained.preprocess.mean, pretrained.preprocess.std)
   variables = jax.tree.map(jnp.asarray, pretrained.variables)
-
-  def program(images: Any) -> Any:
-    return model.apply(variables, normalize_images(images, preprocess.mean, preprocess.std))
-
-  return program
+  return lambda images: model.apply(variables, normalize_images(images, *numbers))
 
 
-def _detector(pretrained: Pretrained) -> Any:
+def _detector(pretrained: Pretrained, *, one_by_one: bool) -> Any:
   task = task_of(pretrained)
   if not pretrained.preprocess.pad_size:  # otherwise the model was trained with this padding
     task = task.padding_invariant()
@@ -121,8 +171,8 @@ def _detector(pretrained: Pretrained) -> Any:
     return jax.tree.map(lambda x: x[0], task.predict(variables, batch))
 
   def program(images: Any, image_size: Any) -> Any:
-    # One image at a time: R-CNN needs static shapes, and the batch size is symbolic here.
-    return jax.lax.map(detect, {"image": images, "image_size": image_size})
+    batch = {"image": images, "image_size": image_size}
+    return jax.lax.map(detect, batch) if one_by_one else task.predict(variables, batch)
 
   return program
 

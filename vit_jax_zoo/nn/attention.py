@@ -61,7 +61,7 @@ def attention_weights(
 
 
 def _add_causal(mask: Array | None, query: Array, key: Array) -> Bool[Array, "#b #h n m"]:
-  causal = jnp.tril(jnp.ones((1, 1, query.shape[1], key.shape[1]), dtype=bool))
+  causal = jnp.tri(query.shape[1], key.shape[1], dtype=bool)[None, None]
   return causal if mask is None else mask & causal
 
 

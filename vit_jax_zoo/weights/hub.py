@@ -9,7 +9,6 @@ import hashlib
 import importlib
 import os
 import re
-import time
 import urllib.parse
 import urllib.request
 from http.client import HTTPException
@@ -27,7 +26,6 @@ CACHE_VARIABLE, DEFAULT_CACHE = "VIT_JAX_ZOO_CACHE", "~/.cache/vit_jax_zoo"
 CHUNK = 1 << 20
 TIMEOUT = 30  # seconds without data
 
-_PROGRESS_EVERY = 5.0  # seconds
 _HUB_NAME = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 _TIMM_NAME = re.compile(r"\w+\.\w*in\d+k\w*")  # vit_base_patch16_224.augreg_in21k
 _HUB_JSON = ["config.json", "preprocessor_config.json"]
@@ -112,7 +110,6 @@ def download(url: str, *, sha256: str = "", folder: str = "") -> str:
 def _transfer(url: str, target: epath.Path) -> str:
   """Copies a URL to a file with a progress log; returns the sha256 of the content."""
   digest, done = hashlib.sha256(), 0
-  begin = logged = time.monotonic()
   logging.info("downloading %s", url)
   with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, target.open("wb") as file:
     total = int(answer.headers.get("Content-Length") or 0)
@@ -120,11 +117,8 @@ def _transfer(url: str, target: epath.Path) -> str:
       file.write(chunk)
       digest.update(chunk)
       done += len(chunk)
-      if time.monotonic() - logged > _PROGRESS_EVERY:
-        logged = time.monotonic()
-        eta = round((logged - begin) * (total - done) / done)
-        left = f" of {total / 1e6:.0f} MB, ETA {eta} s" if total else " MB"
-        logging.info("%.0f%s", done / 1e6, left)
+      progress = done / 1e6, f"of {total / 1e6:.0f} MB" if total else "MB"
+      logging.log_every_n_seconds(logging.INFO, "%.0f %s", 5, *progress)
   if total and done != total:
     raise OSError(f"the connection broke after {done} of {total} bytes")
   return digest.hexdigest()

@@ -162,7 +162,7 @@ def local_attention_map(
   padded = _float32(_pad_window(key, window))
 
   @jax.checkpoint
-  def scores(offset: Int[Array, ""]) -> Float[Array, "b h w p"]:
+  def scores(offset: Int[Array, "2"]) -> Float[Array, "b h w p"]:
     keys = _at_offset(padded, offset, window, query.shape[1:3]).reshape(queries.shape)
     products = jnp.sum(queries * keys, axis=-1)
     if similarity.kind == "euclidean":
@@ -170,7 +170,8 @@ def local_attention_map(
     return products * similarity.scale
 
   # One offset of all windows at a time: no array holds a window of channels per position.
-  weights = jax.nn.softmax(jax.lax.map(scores, jnp.arange(window**2)), axis=0)
+  offsets = jnp.indices((window, window)).reshape(2, -1).T
+  weights = jax.nn.softmax(jax.lax.map(scores, offsets), axis=0)
   return jnp.einsum("kbhwp,bp->bhwk", weights, mixture.astype(weights.dtype))
 
 
@@ -193,7 +194,8 @@ def attend_locally(
     return total + weight * _at_offset(padded, offset, window, query.shape[1:3]), None
 
   zeros = jnp.zeros((*query.shape[:3], value.shape[-1]), padded.dtype)
-  total, _ = jax.lax.scan(add, zeros, (jnp.arange(window**2), by_offset))
+  offsets = jnp.indices((window, window)).reshape(2, -1).T
+  total, _ = jax.lax.scan(add, zeros, (offsets, by_offset))
   return total.astype(value.dtype)
 
 
@@ -210,14 +212,16 @@ def _split(x: Float[Array, "*b d"], parts: int) -> Float[Array, "*b p e"]:
 def _pad_window(x: Float[Array, "b y x c"], window: int) -> Float[Array, "b i j c"]:
   if window < 1 or window % 2 == 0:
     raise ValueError(f"window: {window} is not a positive odd number")
-  radius = window // 2
-  return jnp.pad(x, ((0, 0), (radius, radius), (radius, radius), (0, 0)))
+  for axis in (1, 2):  # not jnp.pad, which jax2onnx cannot convert for symbolic batch sizes
+    border = jnp.zeros((*x.shape[:axis], window // 2, *x.shape[axis + 1 :]), x.dtype)
+    x = jnp.concatenate([border, x, border], axis)
+  return x
 
 
 def _at_offset(
-  padded: Float[Array, "b i j c"], offset: Int[Array, ""], window: int, size: tuple[int, ...]
+  padded: Float[Array, "b i j c"], offset: Int[Array, "2"], window: int, size: tuple[int, ...]
 ) -> Float[Array, "b h w c"]:
-  start = (0, offset // window, offset % window, 0)
+  start = (0, offset[0], offset[1], 0)
   sides = (padded.shape[1] - window + 1, padded.shape[2] - window + 1)
   part = jax.lax.dynamic_slice(padded, start, (padded.shape[0], *sides, padded.shape[-1]))
   return resize_nearest(part, (size[0], size[1]))

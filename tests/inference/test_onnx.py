@@ -1,0 +1,41 @@
+"""ONNX exports in ONNX Runtime against our outputs, for several batch sizes."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests.inference.random_models import MODELS, random_model
+from vit_jax_zoo import export
+from vit_jax_zoo.inference.programs import by_name, make_program
+
+pytest.importorskip("jax2onnx", reason="needs the extra onnx")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of the converter
+
+
+def run(folder, inputs):
+  session = onnxruntime.InferenceSession(folder / "model.onnx")
+  names = [output.name for output in session.get_outputs()]
+  return dict(zip(names, session.run(None, inputs), strict=True))
+
+
+@pytest.mark.parametrize("system", MODELS)
+def test_outputs_equal_ours(system, tmp_path):
+  made = random_model(system)
+  export.write(made, "onnx", str(tmp_path))
+  notes = json.loads((tmp_path / "model.json").read_text())
+  function, arguments, _ = make_program(made, one_by_one=False)
+  height, width = made.config["image_size"]
+  rng = np.random.default_rng(1)
+  for batch in (1, 3):
+    inputs = {"images": rng.uniform(0, 255, (batch, height, width, 3)).astype(np.float32)}
+    if "image_size" in arguments:
+      inputs["image_size"] = np.array([[64, 96], [40, 96], [64, 50]], np.int32)[:batch]
+    found = run(tmp_path, inputs)
+    expected = by_name(jax.jit(function)(*inputs.values()))
+    assert found.keys() == expected.keys() == notes["outputs"].keys()
+    for key, value in expected.items():
+      atol = 1e-2 if key == "boxes_xyxy" else 1e-4  # boxes are in pixels
+      np.testing.assert_allclose(found[key], value, atol=atol, rtol=1e-4, err_msg=key)
