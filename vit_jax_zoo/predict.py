@@ -4,16 +4,16 @@
     python -m vit_jax_zoo.predict --model=ViT-B_16.npz --images='photos/*.jpg' --explain
 
 `--model` is a run (its best checkpoint; `<run>/checkpoints` is the newest one), a published file or
-folder, or a published name. Images are files, folders or patterns, of any size and format.
-Unreadable ones are logged and skipped; the exit status is then 1.
+folder, or a published name. Images are files, folders or patterns, of any size and format. Prints a
+line for each image. Unreadable ones are logged and skipped; the exit status is then 1.
 """
 
-import datetime
+import csv
 import glob
+import io
 import json
 import os
 import pathlib
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,11 +24,12 @@ from PIL import Image
 from vit_jax_zoo import cli
 from vit_jax_zoo.data.sources.base import CorruptExampleError
 from vit_jax_zoo.data.sources.folder import list_images, log_ignored, read_class_names
-from vit_jax_zoo.errors import escape_surrogates
+from vit_jax_zoo.errors import escape_surrogates, one_line
 from vit_jax_zoo.figures.canvas import render
 from vit_jax_zoo.inference.base import Picture, Predictor, Result, list_options, predict_each
 from vit_jax_zoo.inference.coco_json import FILES, CocoFiles, GroundTruth
 from vit_jax_zoo.inference.load import predictor
+from vit_jax_zoo.inference.progress import track
 from vit_jax_zoo.training import atomic_write
 
 FLAGS = flags.FLAGS
@@ -36,7 +37,7 @@ FLAGS = flags.FLAGS
 EXIT_SOME_FAILED = 1
 
 _MAX_BYTES = 200  # of a picture's name without suffixes: file names have at most 255
-RESULTS, RECORDS = "predictions.json", "predictions.jsonl"
+RESULTS, RECORDS = ("predictions.json", "predictions.csv"), "predictions.jsonl"
 MARK = ".predict_files"  # lists the files that this command wrote to a folder and may replace
 _DEFINE: Any = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
 
@@ -48,6 +49,10 @@ def define_flags() -> None:
   flags.DEFINE_string("output", "predictions", "output folder")
   flags.DEFINE_string("class_names", None, "file with one class name per line, in order")
   flags.DEFINE_string("coco_ids", None, "COCO file whose image ids and categories coco*.json have")
+  flags.DEFINE_enum("format", "json", ["json", "csv"], "predictions.json or predictions.csv")
+  flags.DEFINE_bool("no_figures", False, "write no pictures; much faster")
+  flags.DEFINE_integer("batch_size", None, "images at once (default: 8 if classified, else 1)", 1)
+  flags.DEFINE_integer("workers", 4, "threads that read images", 1)
   for option in list_options():
     _DEFINE.get(option.type, flags.DEFINE_string)(option.name, option.default, option.help)
 
@@ -61,8 +66,10 @@ def main(argv: Sequence[str]) -> int:
   options = {option.name: FLAGS[option.name].value for option in given}
   truth = GroundTruth(pathlib.Path(FLAGS.coco_ids), paths) if FLAGS.coco_ids else None
   names = read_class_names(FLAGS.class_names)
-  found = predictor(FLAGS.model, class_names=names, **options)
-  return predict_all(found, paths, pathlib.Path(FLAGS.output), truth)
+  model = predictor(FLAGS.model, batch_size=FLAGS.batch_size, class_names=names, **options)
+  model.workers, output = FLAGS.workers, pathlib.Path(FLAGS.output)
+  writing = {"figures": not FLAGS.no_figures, "form": FLAGS.format}
+  return predict_all(model, paths, output, truth, **writing)
 
 
 def find_images(given: Sequence[str]) -> list[pathlib.Path]:
@@ -90,48 +97,86 @@ def predict_all(
   paths: Sequence[pathlib.Path],
   output: pathlib.Path,
   truth: GroundTruth | None = None,
+  *,
+  figures: bool = True,
+  form: str = "json",
 ) -> int:
-  """Predicts for each file and writes the results; returns the exit status.
+  """Predicts for each file and writes `Records`; returns the exit status.
 
-  `predictions.json` has an entry for each file, in order, `predictions.jsonl` a line, written
-  immediately: `image`, `pictures` (file names) and the predictor's record, or `error`; with `truth`
-  also `image_id`, None if the image is not in it. Detections are also written in COCO's formats.
-  ValueError if an existing file would be replaced that this command did not write.
+  They have `image`, `pictures` (file names) and the predictor's record, or `error`; with `truth`
+  also `image_id`, None if the image is not in it. Detections are also written in COCO's formats,
+  panoptic ones with `figures`.
   """
-  output.mkdir(parents=True, exist_ok=True)
-  _check_outputs(output, truth)
-  _mark(output, (RESULTS, RECORDS))
+  records = Records(output, form, truth)
   pictures, collected = PictureFiles(output), CocoFiles(truth)
-  records: list[dict[str, Any]] = []
-  failed, begin = 0, time.monotonic()
-  lines = output / RECORDS
-  lines.unlink(missing_ok=True)
-  results = predict_each(model, paths)
-  for done, (path, (image, result)) in enumerate(zip(paths, results, strict=True), start=1):
-    name = escape_surrogates(str(path))
-    base: dict[str, Any] = {"image": name}
+  results = zip(paths, predict_each(model, paths), strict=True)
+  for path, (image, result) in track(results, "predicting", len(paths), "images"):
+    name, stem = escape_surrogates(str(path)), escape_surrogates(path.stem)
+    record: dict[str, Any] = {"image": name}
     if truth is not None:
-      base["image_id"] = truth.image_ids.get(name)
-    if image is None or isinstance(result, ValueError):
-      failed += 1
+      record["image_id"] = truth.image_ids.get(name)
+    if image is not None and isinstance(result, Result):
+      prefix, record["pictures"] = pictures.write(stem, result) if figures else (stem, [])
+      collected.add(name, prefix, image, result)
+    records.add(record, result)
+  more = collected.contents()
+  return records.finish({k: v for k, v in more.items() if figures or "panoptic" not in k})
+
+
+COLUMNS = ("image", "label", "score", "left", "top", "right", "bottom", "error")
+
+
+class Records:
+  """Writes records to `predictions.jsonl`, at once, and all to `predictions.json` or `.csv`.
+
+  The table has a row for each object, or for the best class of each image. ValueError if a file
+  would be replaced that this command did not write.
+  """
+
+  def __init__(self, output: pathlib.Path, form: str, truth: GroundTruth | None = None) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    _check_outputs(output, truth)
+    self._output, self._result = output, output / f"predictions.{form}"
+    _mark(output, (self._result.name, RECORDS))
+    (output / RECORDS).unlink(missing_ok=True)
+    self._records: list[dict[str, Any]] = []
+    self._rows: list[Sequence[Any]] = [COLUMNS]
+    self._failed = 0
+
+  def add(self, record: dict[str, Any], result: Result | ValueError) -> None:
+    """Writes a result, and prints its summary; logs an error."""
+    name, row = record["image"], [record["image"]]
+    if isinstance(result, ValueError):
+      self._failed += 1
       message = escape_surrogates(" ".join(str(result).split()))
-      record = {**base, "error": message}
+      record = {**record, "error": message}
       has_path = isinstance(result, CorruptExampleError)
       logging.error("%s", message if has_path else f"{name}: {message}")
+      self._rows.append([*row, *[""] * 6, message])
     else:
-      prefix, files = pictures.write(escape_surrogates(path.stem), result)
-      record = {**base, "pictures": files, **result.record}
-      collected.add(name, prefix, image, result)
-    records.append(record)
-    with lines.open("a") as stream:
+      record = {**record, **result.record}
+      print(one_line(f"{name}  {result.summary}"))  # noqa: T201
+      boxes = [[""] * 4] if result.boxes is None else result.boxes.tolist()
+      found = zip(result.labels, result.scores, boxes, strict=False)
+      self._rows += [[*row, label, score, *box, ""] for label, score, box in found] or [row]
+    self._records.append(record)
+    with (self._output / RECORDS).open("a") as stream:
       stream.write(json.dumps(record) + "\n")
-    left = round((time.monotonic() - begin) / done * (len(paths) - done))
-    logging.info("%d/%d images, ETA %s", done, len(paths), datetime.timedelta(seconds=left))
-  for file, content in {RESULTS: records, **collected.contents()}.items():
-    _mark(output, [file])
-    atomic_write.write_json(output / file, content)
-  logging.info("%d of %d images done: %s", len(paths) - failed, len(paths), output)
-  return EXIT_SOME_FAILED if failed else 0
+
+  def finish(self, more: Mapping[str, Any] | None = None) -> int:
+    """Writes the results, and further JSON files by name; returns the exit status."""
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(self._rows)
+    files = {self._result.name: self._records, **(more or {})}
+    for file, content in files.items():
+      _mark(self._output, [file])
+      if file.endswith(".csv"):
+        atomic_write.write(self._output / file, table.getvalue())
+      else:
+        atomic_write.write_json(self._output / file, content)
+    count = len(self._records)
+    logging.info("%d of %d images done: %s", count - self._failed, count, self._output)
+    return EXIT_SOME_FAILED if self._failed else 0
 
 
 class PictureFiles:
@@ -153,26 +198,32 @@ class PictureFiles:
     return prefix, [*names.values(), *(written[k] for k in of_model)]
 
   def _write(self, stem: str, pictures: Mapping[str, Picture]) -> tuple[str, dict[str, str]]:
-    while len(os.fsencode(stem)) > _MAX_BYTES:
-      stem = stem[:-1]
-    prefix, number = stem, 1
-    while self._taken & set((names := _names(prefix, pictures)).values()):
-      number += 1
-      prefix = f"{stem}_{number}"
-    _mark(self._folder, names.values())
+    prefix, names = self.claim(stem, pictures)
     for suffix, picture in pictures.items():
       pixels = render(picture) if isinstance(picture, Figure) else picture
       Image.fromarray(pixels).save(self._folder / names[suffix])
+    return prefix, names
+
+  def claim(
+    self, stem: str, suffixes: Iterable[str], ending: str = ".png"
+  ) -> tuple[str, dict[str, str]]:
+    """Returns a free prefix, and the names by suffix of the files that may be written."""
+    while len(os.fsencode(stem)) > _MAX_BYTES:
+      stem = stem[:-1]
+    prefix, number, suffixes = stem, 1, list(suffixes)
+    while True:
+      names = {suffix: f"{prefix}{'_' if suffix else ''}{suffix}{ending}" for suffix in suffixes}
+      if not self._taken & set(names.values()):
+        break
+      number += 1
+      prefix = f"{stem}_{number}"
+    _mark(self._folder, names.values())
     self._taken |= set(names.values())
     return prefix, names
 
 
-def _names(prefix: str, suffixes: Iterable[str]) -> dict[str, str]:
-  return {suffix: f"{prefix}{'_' if suffix else ''}{suffix}.png" for suffix in suffixes}
-
-
 def _check_outputs(folder: pathlib.Path, truth: GroundTruth | None) -> None:
-  for file in filter(os.path.lexists, (folder / name for name in (RESULTS, RECORDS, *FILES))):
+  for file in filter(os.path.lexists, (folder / name for name in (*RESULTS, RECORDS, *FILES))):
     if truth is not None and truth.file.resolve() == file.resolve():
       raise ValueError(f"--coco_ids={truth.file}: would be replaced; use another --output")
     if file.name not in _marked(folder):

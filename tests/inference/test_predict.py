@@ -1,5 +1,6 @@
 """`python -m vit_jax_zoo.predict` on user images, with runs and published files."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -24,6 +25,7 @@ from vit_jax_zoo.inference.base import (
   list_options,
   read_image,
 )
+from vit_jax_zoo.inference.coco_json import box_annotation
 from vit_jax_zoo.inference.load import _Run, load
 from vit_jax_zoo.registry import registry_of
 from vit_jax_zoo.run_metadata import RunData
@@ -108,6 +110,56 @@ def test_foreign_files_not_replaced(tmp_path):
       predict.predict_all(TwoImagePredictor(), paths, tmp_path)
     assert (tmp_path / name).read_text() == "mine"
     (tmp_path / name).unlink()
+
+
+def test_line_and_table_row_for_each_image(vit_run, tmp_path, capsys):
+  paths = images_in(tmp_path, "a.png", "b.png")
+  (tmp_path / "text.png").write_text("not an image")
+  output, model = tmp_path / "out", predictor_of(vit_run, top_k=2)
+  status = predict.predict_all(
+    model, [*paths, tmp_path / "text.png"], output, form="csv", figures=False
+  )
+  assert status == predict.EXIT_SOME_FAILED
+  assert {path.name for path in output.iterdir()} == {
+    "predictions.csv", "predictions.jsonl", predict.MARK,
+  }  # fmt: skip
+  lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+  rows = list(csv.DictReader((output / "predictions.csv").open()))
+  printed = capsys.readouterr().out.splitlines()
+  for path, row, line, text in zip(paths, rows, lines, printed, strict=False):
+    best, second = line["top"]
+    assert (row["image"], row["label"], row["left"]) == (str(path), best["name"], "")
+    assert float(row["score"]) == best["probability"]
+    summary = [f"{one['name']} {100 * one['probability']:.1f} %" for one in (best, second)]
+    assert text == f"{path}  {', '.join(summary)}"
+  assert len(rows) == 3 == len(printed) + 1
+  assert "not an image" in rows[2]["error"] == lines[2]["error"]
+
+
+def test_table_has_row_for_each_object(tmp_path):
+  class Boxes(TwoImagePredictor):
+    def result(self, image):
+      boxes = [[1, 2, 30, 20], [0, 0, 5, 5]][: int(image[0, 0, 0])]
+      found = [
+        box_annotation({"category_id": 3, "name": "cat"}, box, score)
+        for box, score in zip(boxes, (0.98, 0.5), strict=False)
+      ]
+      return Result.of_objects(found, record={}, draw_pictures=lambda: {"": image})
+
+  for count, name in ((2, "a.png"), (0, "b.png")):
+    Image.fromarray(np.full((8, 8, 3), count, np.uint8)).save(tmp_path / name)
+  paths = [tmp_path / "a.png", tmp_path / "b.png"]
+  assert predict.predict_all(Boxes(), paths, tmp_path, form="csv") == 0
+  rows = [row.split(",") for row in (tmp_path / "predictions.csv").read_text().splitlines()[1:]]
+  a, b = map(str, paths)
+  assert rows[:2] == [
+    [a, "cat", "0.98", "1.0", "2.0", "30.0", "20.0", ""],
+    [a, "cat", "0.5", "0.0", "0.0", "5.0", "5.0", ""],
+  ]
+  assert rows[2][0] == b
+  assert [repr(result) for result in Boxes()(paths)] == [
+    "Result(2 objects: cat 0.98, cat 0.50)", "Result(0 objects)",
+  ]  # fmt: skip
 
 
 def test_non_utf8_names_escaped(tmp_path):
