@@ -4,8 +4,9 @@
     python -m vit_jax_zoo.predict --model=ViT-B_16.npz --images='photos/*.jpg' --explain
 
 `--model` is a run (its best checkpoint; `<run>/checkpoints` is the newest one), a published file or
-folder, or a published name. Images are files, folders or patterns, of any size and format. Prints a
-line for each image. Unreadable ones are logged and skipped; the exit status is then 1.
+folder, or a published name. Images are files, folders or patterns, of any size and format; or one
+video file (`clip.mp4`) or camera (`0`), which gives an annotated video. Prints a line for each
+image. Unreadable ones are logged and skipped; the exit status is then 1.
 """
 
 import csv
@@ -17,6 +18,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import cv2
 from absl import flags, logging
 from matplotlib.figure import Figure
 from PIL import Image
@@ -26,6 +28,7 @@ from vit_jax_zoo.data.sources.base import CorruptExampleError
 from vit_jax_zoo.data.sources.folder import list_images, log_ignored, read_class_names
 from vit_jax_zoo.errors import escape_surrogates, one_line
 from vit_jax_zoo.figures.canvas import render
+from vit_jax_zoo.inference import video
 from vit_jax_zoo.inference.base import Picture, Predictor, Result, list_options, predict_each
 from vit_jax_zoo.inference.coco_json import FILES, CocoFiles, GroundTruth
 from vit_jax_zoo.inference.load import predictor
@@ -61,7 +64,11 @@ def main(argv: Sequence[str]) -> int:
   """Runs the command with further images; returns the process's exit status."""
   if FLAGS.model is None:
     raise ValueError("--model is missing; expected a run's folder, or a published file or name")
-  paths = find_images([*FLAGS.images, *argv[1:]])
+  sources = [*FLAGS.images, *argv[1:]]
+  videos = [source for source in sources if video.is_video(source)]
+  if videos and (len(sources) > 1 or FLAGS.coco_ids):
+    raise ValueError(f"--images={videos[0]}: expected no other image, video or --coco_ids")
+  paths = [] if videos else find_images(sources)
   given = [option for option in list_options() if FLAGS[option.name].present]
   options = {option.name: FLAGS[option.name].value for option in given}
   truth = GroundTruth(pathlib.Path(FLAGS.coco_ids), paths) if FLAGS.coco_ids else None
@@ -69,6 +76,8 @@ def main(argv: Sequence[str]) -> int:
   model = predictor(FLAGS.model, batch_size=FLAGS.batch_size, class_names=names, **options)
   model.workers, output = FLAGS.workers, pathlib.Path(FLAGS.output)
   writing = {"figures": not FLAGS.no_figures, "form": FLAGS.format}
+  if videos:
+    return predict_video(model, videos[0], output, **writing)
   return predict_all(model, paths, output, truth, **writing)
 
 
@@ -123,7 +132,37 @@ def predict_all(
   return records.finish({k: v for k, v in more.items() if figures or "panoptic" not in k})
 
 
-COLUMNS = ("image", "label", "score", "left", "top", "right", "bottom", "error")
+def predict_video(
+  model: Predictor, source: str, output: pathlib.Path, *, figures: bool = True, form: str = "json"
+) -> int:
+  """Predicts for each frame of a video file, or of a camera until Ctrl-C; returns the exit status.
+
+  Writes `Records` with `image`, `frame` and the predictor's record, and `figures` as an MP4 file.
+  """
+  frames, rate, count = video.open_video(source)
+  records, writer = Records(output, form), None
+  stem = f"camera_{source}" if source.isdecimal() else pathlib.Path(source).stem
+  name = PictureFiles(output).claim(escape_surrogates(stem), [""], ".mp4")[1][""]
+  results = enumerate(predict_each(model, frames))
+  try:
+    for number, (frame, result) in track(results, "predicting", count, "frames"):
+      if figures and frame is not None and isinstance(result, Result):
+        picture = video.annotate(frame, result)
+        if writer is None:
+          code, size = cv2.VideoWriter.fourcc(*"mp4v"), (picture.shape[1], picture.shape[0])
+          writer = cv2.VideoWriter(str(output / name), code, rate, size)
+        writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+      records.add({"image": escape_surrogates(source), "frame": number}, result)
+  except KeyboardInterrupt:
+    if not source.isdecimal():
+      raise
+  finally:
+    if writer is not None:
+      writer.release()
+  return records.finish()
+
+
+COLUMNS = ("image", "frame", "label", "score", "left", "top", "right", "bottom", "error")
 
 
 class Records:
@@ -145,7 +184,7 @@ class Records:
 
   def add(self, record: dict[str, Any], result: Result | ValueError) -> None:
     """Writes a result, and prints its summary; logs an error."""
-    name, row = record["image"], [record["image"]]
+    name, row = record["image"], [record["image"], record.get("frame", "")]
     if isinstance(result, ValueError):
       self._failed += 1
       message = escape_surrogates(" ".join(str(result).split()))
@@ -155,7 +194,8 @@ class Records:
       self._rows.append([*row, *[""] * 6, message])
     else:
       record = {**record, **result.record}
-      print(one_line(f"{name}  {result.summary}"))  # noqa: T201
+      shown = f"{name} {record['frame']}" if "frame" in record else name
+      print(one_line(f"{shown}  {result.summary}"))  # noqa: T201
       boxes = [[""] * 4] if result.boxes is None else result.boxes.tolist()
       found = zip(result.labels, result.scores, boxes, strict=False)
       self._rows += [[*row, label, score, *box, ""] for label, score, box in found] or [row]

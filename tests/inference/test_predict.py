@@ -27,6 +27,7 @@ from vit_jax_zoo.inference.base import (
 )
 from vit_jax_zoo.inference.coco_json import box_annotation
 from vit_jax_zoo.inference.load import _Run, load
+from vit_jax_zoo.inference.video import open_video
 from vit_jax_zoo.registry import registry_of
 from vit_jax_zoo.run_metadata import RunData
 from vit_jax_zoo.training.checkpoint import restore_variables
@@ -153,13 +154,46 @@ def test_table_has_row_for_each_object(tmp_path):
   rows = [row.split(",") for row in (tmp_path / "predictions.csv").read_text().splitlines()[1:]]
   a, b = map(str, paths)
   assert rows[:2] == [
-    [a, "cat", "0.98", "1.0", "2.0", "30.0", "20.0", ""],
-    [a, "cat", "0.5", "0.0", "0.0", "5.0", "5.0", ""],
+    [a, "", "cat", "0.98", "1.0", "2.0", "30.0", "20.0", ""],
+    [a, "", "cat", "0.5", "0.0", "0.0", "5.0", "5.0", ""],
   ]
   assert rows[2][0] == b
   assert [repr(result) for result in Boxes()(paths)] == [
     "Result(2 objects: cat 0.98, cat 0.50)", "Result(0 objects)",
   ]  # fmt: skip
+
+
+def test_video_gives_annotated_video_and_record_for_each_frame(tmp_path, monkeypatch):
+  class Square(TwoImagePredictor):
+    def result(self, image):
+      rows, columns = np.nonzero(image[..., 0] > 128)
+      box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+      box = box_annotation({"category_id": 0, "name": "square"}, box, 0.9)
+      return Result.of_objects([box], record={"detections": [box]}, draw_pictures=dict)
+
+  clip = tmp_path / "clip.mp4"
+  writer = cv2.VideoWriter(str(clip), cv2.VideoWriter.fourcc(*"mp4v"), 10, (160, 120))
+  for i in range(6):
+    frame = np.zeros((120, 160, 3), np.uint8)
+    frame[40:80, 20 * i : 20 * i + 40] = 255
+    writer.write(frame)
+  writer.release()
+  before = clip.read_bytes()
+  monkeypatch.setattr(Square, "batch_size", 4)
+  assert predict.predict_video(Square(), str(clip), tmp_path) == 0
+  assert clip.read_bytes() == before
+  records = records_of(tmp_path)
+  assert [record["frame"] for record in records] == list(range(6))
+  lefts = [record["detections"][0]["bbox"][0] for record in records]
+  np.testing.assert_allclose(lefts, [20 * i for i in range(6)], atol=3)
+  frames, rate, count = open_video(str(tmp_path / "clip_2.mp4"))
+  assert (rate, count) == (10, 6)
+  for i, frame in enumerate(frames):
+    assert frame.shape == (120, 160, 3)
+    assert frame[45:75, 20 * i + 10 : 20 * i + 30].min() > 180  # the square
+    assert np.ptp(frame[60, max(20 * i - 3, 0) : 20 * i + 4].astype(int), axis=-1).max() > 60
+  with pytest.raises(ValueError, match=r"--images=.*none\.mp4"):
+    predict.predict_video(Square(), str(tmp_path / "none.mp4"), tmp_path / "out")
 
 
 def test_non_utf8_names_escaped(tmp_path):

@@ -1,0 +1,56 @@
+"""Videos and cameras, by OpenCV: reads frames, and draws results over them."""
+
+import pathlib
+import zlib
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+import PIL.Image
+from PIL import ImageColor, ImageDraw, ImageFont
+
+from vit_jax_zoo.figures.detection import COLORS
+from vit_jax_zoo.inference.base import Image, Result
+
+SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
+
+
+def is_video(source: str) -> bool:
+  """Whether a source is a video file, by its suffix, or a camera's number."""
+  path = pathlib.Path(source)
+  return path.suffix.lower() in SUFFIXES or (source.isdecimal() and not path.exists())
+
+
+def open_video(source: str) -> tuple[Iterator[Image], float, int | None]:
+  """Returns the frames, RGB, their rate per second, and their number if it is known.
+
+  ValueError if OpenCV cannot open the video or camera.
+  """
+  capture = cv2.VideoCapture(int(source) if source.isdecimal() else source)
+  if not capture.isOpened():
+    raise ValueError(f"--images={source}: OpenCV cannot open it; expected a video or a camera")
+  count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+
+  def frames() -> Iterator[Image]:
+    while (found := capture.read())[0]:
+      yield cv2.cvtColor(found[1], cv2.COLOR_BGR2RGB)
+
+  return frames(), capture.get(cv2.CAP_PROP_FPS) or 25.0, count if count > 0 else None
+
+
+def annotate(frame: Image, result: Result) -> Image:
+  """Returns the frame with its objects, or the picture of a result without objects."""
+  if result.boxes is None:
+    return np.asarray(result.draw())
+  colors = [COLORS[zlib.crc32(label.encode()) % len(COLORS)] for label in result.labels]
+  frame, size = frame.copy(), max(11, len(frame) // 30)
+  for mask, color in zip(() if result.masks is None else result.masks, colors, strict=False):
+    frame[mask] = (frame[mask] + np.array(ImageColor.getrgb(color))) // 2
+  picture, font = PIL.Image.fromarray(frame), ImageFont.load_default(size)
+  draw, found = ImageDraw.Draw(picture), zip(result.labels, result.scores, strict=True)
+  for box, color, (label, score) in zip(result.boxes.tolist(), colors, found, strict=True):
+    corner, text = (box[0], max(0, box[1] - size)), f"{label} {score:.0%}"
+    draw.rectangle(box, outline=color, width=max(2, size // 6))
+    draw.rectangle(draw.textbbox(corner, text, font=font), fill=color)
+    draw.text(corner, text, fill="black", font=font)
+  return np.asarray(picture)
