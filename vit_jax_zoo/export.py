@@ -20,6 +20,7 @@ export has a model card, README.md; `--push_to_hub=user/name` uploads it all.
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -49,6 +50,7 @@ def define_flags() -> None:
   flags.DEFINE_string("format", None, "output format; see the table above")
   flags.DEFINE_string("output", None, "output folder or file")
   flags.DEFINE_integer("image_size", None, "image size; position embeddings are interpolated")
+  flags.DEFINE_bool("with_preprocessing", False, "programs take uint8 images of any size")
   flags.DEFINE_string("license", "unknown", "licence in the model card: apache-2.0, mit, ...")
   flags.DEFINE_string("push_to_hub", None, "user/name: also uploads to the Hugging Face hub")
 
@@ -60,15 +62,18 @@ def main(argv: Sequence[str]) -> int:
   for name in ("model", "format", "output"):
     if FLAGS[name].value is None:
       raise ValueError(f"--{name}: missing; see python -m vit_jax_zoo.export --help")
-  options = {} if FLAGS.image_size is None else {"image_size": FLAGS.image_size}
+  size = {} if FLAGS.image_size is None else {"image_size": FLAGS.image_size}
+  options = {"with_preprocessing": True} if FLAGS.with_preprocessing else {}
+  if options and FLAGS.format not in PROGRAMS:
+    raise ValueError(f"--with_preprocessing: of {', '.join(PROGRAMS)}; not --format={FLAGS.format}")
   repository, output = FLAGS.push_to_hub or "", epath.Path(FLAGS.output)
   if repository and repository.count("/") != 1:
     raise ValueError(f"--push_to_hub: {repository!r}; expected user/name")
   if repository and output.is_dir() and any(output.iterdir()):
     wrong = f"--output: {output} has files; expected a new folder"
     raise ValueError(f"{wrong}, all of which --push_to_hub uploads")
-  pretrained = load_pretrained(FLAGS.model, **options)
-  write(pretrained, FLAGS.format, FLAGS.output)
+  pretrained = load_pretrained(FLAGS.model, **size)
+  write(pretrained, FLAGS.format, FLAGS.output, **options)
   card = model_card.write(output, FLAGS.format, FLAGS.model, pretrained, FLAGS.license, repository)
   logging.info("%s written as %s: %s, %s", FLAGS.model, FLAGS.format, output, card)
   if repository:
@@ -87,12 +92,15 @@ def formats_of(family: str) -> tuple[str, ...]:
   return (*writable_formats(family), *(form for form in excluded if form not in left))
 
 
-def write(pretrained: Pretrained, form: str, path: str) -> None:
-  """Writes a model in one of `formats_of` its family; ValueError if the format is another."""
+def write(pretrained: Pretrained, form: str, path: str, **options: Any) -> None:
+  """Writes a model in one of `formats_of` its family; ValueError if the format is another.
+
+  `options` are those of `programs.make_program`, for programs.
+  """
   family = family_of(pretrained.model)
   check_names(f"format of {family}", [form], formats_of(family))
   if form in PROGRAMS:
-    PROGRAMS[form](pretrained, path)
+    PROGRAMS[form](pretrained, path, **options)
   elif form == "orbax":
     write_orbax(pretrained, family, path)
   else:

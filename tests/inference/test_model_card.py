@@ -31,6 +31,7 @@ def run(*arguments):
   for flag in ("model", "format", "output", "push_to_hub"):
     flags.DEFINE_string(flag, None, "", flag_values=values)
   flags.DEFINE_string("license", "unknown", "", flag_values=values)
+  flags.DEFINE_bool("with_preprocessing", False, "", flag_values=values)
   flags.DEFINE_integer("image_size", None, "", flag_values=values)
   values(["export", *arguments])
   original, export.FLAGS = export.FLAGS, values
@@ -156,6 +157,8 @@ def test_push_folder_and_file(hub_server, tmp_path, capfd):
 def test_push_errors(hub_server, tmp_path, monkeypatch):
   source = golden_folder("vit_hf_a")
   arguments = (f"--model={source}", "--format=hf", f"--output={tmp_path / 'out'}")
+  with pytest.raises(ValueError, match=r"--with_preprocessing: .*--format=hf"):
+    run(*arguments, "--with_preprocessing")
   with pytest.raises(ValueError, match="--push_to_hub: 'name'; expected user/name"):
     run(*arguments, "--push_to_hub=name")
   monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")

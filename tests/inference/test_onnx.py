@@ -39,3 +39,32 @@ def test_outputs_equal_ours(system, tmp_path):
     for key, value in expected.items():
       atol = 1e-2 if key == "boxes_xyxy" else 1e-4  # boxes are in pixels
       np.testing.assert_allclose(found[key], value, atol=atol, rtol=1e-4, err_msg=key)
+
+
+def test_preprocessing_within_program(tmp_path):
+  """uint8 images of any size; the resized levels are those of the model's own preprocessing."""
+  made = random_model("vit", interpolation="bicubic", fit="crop", crop_pct=0.9)
+  export.write(made, "onnx", str(tmp_path), with_preprocessing=True)
+  for height, width in ((100, 64), (37, 80)):
+    image = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
+    found = run(tmp_path, {"images": np.stack([image, image])})["logits"]
+    expected = made.model.apply(made.variables, made.preprocess([image]))["logits"]
+    np.testing.assert_allclose(found, np.tile(expected, (2, 1)), atol=0.02)
+
+
+def test_detector_with_preprocessing(tmp_path):
+  """Boxes are in pixels of the given image."""
+  made = random_model("detr", interpolation="bilinear", fit="shorter_side", max_side=96)
+  export.write(made, "onnx", str(tmp_path), with_preprocessing=True)
+  image = np.random.default_rng(1).integers(0, 256, (100, 130, 3), np.uint8)
+  found = run(tmp_path, {"images": image[None]})
+  resized = made.preprocess.resize(image)
+  function, arguments, _ = make_program(made, one_by_one=False)
+  height, width = arguments["images"].shape[1:3]
+  images = np.zeros((1, height, width, 3), np.float32)
+  images[0, : resized.shape[0], : resized.shape[1]] = resized
+  sizes = np.array([resized.shape[:2]], np.int32)
+  expected = jax.jit(function)(images, sizes)
+  np.testing.assert_allclose(found["scores"], expected["scores"], atol=5e-3)
+  scale = np.tile(np.array([130, 100]) / resized.shape[1::-1], 2)
+  np.testing.assert_allclose(found["boxes_xyxy"], expected["boxes_xyxy"] * scale, atol=1)

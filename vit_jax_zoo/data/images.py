@@ -365,14 +365,14 @@ def resize(
   """
   height, width = bounded_size(height, width)
   scales = image.shape[0] / height, image.shape[1] / width
-  if method == "antialias" and max(scales) > _AREA_FROM:
+  if method == "antialias" and max(scales) > AREA_FROM:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-  if method == "antialias" and max(scales) > _BLUR_FROM:
+  if method == "antialias" and max(scales) > BLUR_FROM:
     image = _blur(image, *scales)
   return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-_BLUR_FROM, _AREA_FROM = 1.2, 2.2
+BLUR_FROM, AREA_FROM = 1.2, 2.2
 """In between, blur and interpolation take half the time of OpenCV's area averaging, and are nearer
 to Pillow's antialiased bilinear filter. Mean absolute error on photographs at scales
 1.2 to 2.2: 0.2 to 0.6 of 255 levels (area: 0.4 to 1.6). Below 1.2, a blur gains at most 0.1."""
@@ -386,7 +386,7 @@ def _blur(image: np.ndarray, *scales: float) -> np.ndarray:
   """
   sizes, sigmas = [], []
   for scale in scales:
-    weight = (scale**2 - 1) / 12 if scale > _BLUR_FROM else 0.0
+    weight = (scale**2 - 1) / 12 if scale > BLUR_FROM else 0.0
     sizes.append(3 if weight else 1)
     sigmas.append(math.sqrt(0.5 / math.log((1 - 2 * weight) / weight)) if weight else 1.0)
   return cv2.GaussianBlur(image, (sizes[1], sizes[0]), sigmaX=sigmas[1], sigmaY=sigmas[0])

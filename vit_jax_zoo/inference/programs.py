@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 from jax.extend.core import jaxpr_as_fun
 
+from vit_jax_zoo.inference import traced_preprocess
 from vit_jax_zoo.inference.load import task_of
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.tasks import tasks
@@ -23,43 +24,55 @@ STABLEHLO_FILE, ONNX_FILE, NOTES_FILE = "model.stablehlo", "model.onnx", "model.
 MAX_BYTES = 2_000_000_000  # 2 GiB is the maximum size of a protocol buffer
 
 
-def make_program(pretrained: Pretrained, *, one_by_one: bool = True) -> tuple[Any, Any, Any]:
+def make_program(
+  pretrained: Pretrained, *, with_preprocessing: bool = False, one_by_one: bool = True
+) -> tuple[Any, Any, Any]:
   """Returns a model with its normalisation as a function, its arguments by name, and model.json.
 
   `images` [b h w c] are float32 in [0, 255], of one size; a detector's `image_size` int32 [b 2] is
-  height and width without the padding. `one_by_one`: detectors take one image at a time.
+  height and width without the padding. `with_preprocessing`: only `images`, uint8 RGB of any size,
+  and boxes in their pixels; ValueError where resized images have several sizes. `one_by_one`:
+  detectors take one image at a time.
   """
   size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(pretrained.variables))
   if size > MAX_BYTES:
     raise ValueError(f"weights: {size / 1e9:.1f} GB; expected at most 2. Use --format=orbax")
-  preprocess = pretrained.preprocess
+  preprocess, dtype, kind = pretrained.preprocess, jnp.float32, "float32 in [0, 255]"
   is_detector = bool(pretrained.task) and tasks()[pretrained.task].predicts_boxes
-  shape = (*jax.export.symbolic_shape("b"), *program_size(pretrained), preprocess.channels)
+  batch, *sides = jax.export.symbolic_shape("b, h, w", constraints=["h >= 2", "w >= 2"])
+  shape = (batch, *program_size(pretrained), preprocess.channels)
   function = _detector(pretrained, one_by_one=one_by_one) if is_detector else _program(pretrained)
-  arguments = {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
+  if with_preprocessing:
+    if preprocess.fit == "none" or not (preprocess.has_fixed_size or is_detector):
+      wrong = f"--with_preprocessing: fit={preprocess.fit} of {type(pretrained.model).__name__}"
+      raise ValueError(f"{wrong}; expected images of one size. Resize by the steps in model.json")
+    shape, dtype, kind = (batch, *sides, 3), jnp.uint8, "uint8, RGB"
+    function = _preprocessed(function, pretrained, is_detector=is_detector)
+  arguments = {"images": jax.ShapeDtypeStruct(shape, dtype)}
   notes = {
-    "images": [*map(str, shape), "float32 in [0, 255]"],
+    "images": [*map(str, shape), kind],
     "class_names": list(pretrained.class_names),
     "preprocess": plain(dataclasses.asdict(preprocess)),
-    "steps": preprocessing_steps(pretrained),
+    "in_program" if with_preprocessing else "steps": preprocessing_steps(pretrained),
   }
   if is_detector:
-    arguments["image_size"] = jax.ShapeDtypeStruct((shape[0], 2), jnp.int32)
-    notes["boxes_xyxy"] = "in pixels of the resized image without its padding"
+    notes["boxes_xyxy"] = f"in pixels of the {'given' if with_preprocessing else 'resized'} image"
+  if is_detector and not with_preprocessing:
+    arguments["image_size"] = jax.ShapeDtypeStruct((batch, 2), jnp.int32)
     notes["image_size"] = ["b", "2", "int32, height and width without the padding"]
   return function, arguments, notes
 
 
-def write_stablehlo(pretrained: Pretrained, path: str) -> None:
-  """Writes a program that `jax.export.deserialize` reads, and model.json."""
-  function, arguments, notes = make_program(pretrained)
+def write_stablehlo(pretrained: Pretrained, path: str, **options: Any) -> None:
+  """Writes a program that `jax.export.deserialize` reads, and model.json; see `make_program`."""
+  function, arguments, notes = make_program(pretrained, **options)
   exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*arguments.values())
   outputs = exported.out_tree.unflatten(exported.out_avals)
   notes["platforms"] = list(PLATFORMS)
   _save(path, STABLEHLO_FILE, bytes(exported.serialize()), notes, outputs)
 
 
-def write_onnx(pretrained: Pretrained, path: str) -> None:
+def write_onnx(pretrained: Pretrained, path: str, **options: Any) -> None:
   """Writes model.onnx and model.json; ValueError if jax2onnx cannot convert the model."""
   try:
     python_logging.getLogger("jax2onnx").setLevel("ERROR")  # it warns of its optional imports
@@ -71,7 +84,7 @@ def write_onnx(pretrained: Pretrained, path: str) -> None:
     model = pretrained.model.clone(scan_layers=False)
     variables = relayout(pretrained.variables, scan_layers=False)
     pretrained = dataclasses.replace(pretrained, model=model, variables=variables)
-  function, arguments, notes = make_program(pretrained, one_by_one=False)
+  function, arguments, notes = make_program(pretrained, one_by_one=False, **options)
   try:
     # Traced here: jax2onnx replaces functions of JAX and Flax while it traces, some of them wrong.
     jaxpr, outputs = jax.make_jaxpr(function, return_shape=True)(*arguments.values())
@@ -152,6 +165,19 @@ def preprocessing_steps(pretrained: Pretrained) -> list[str]:
     steps.append(f"pad at the right and bottom to {padded}, with any value")
   numbers = f"minus mean {preprocess.means}, divided by std {preprocess.stds}"
   return [*steps, f"in the program: image / 255, {numbers}"]
+
+
+def _preprocessed(function: Any, pretrained: Pretrained, *, is_detector: bool) -> Any:
+  def program(images: Any) -> Any:
+    size = program_size(pretrained)
+    resized, sides, given = traced_preprocess.resize(images, pretrained.preprocess, size)
+    if not is_detector:
+      return function(resized)
+    outputs = function(resized, jnp.broadcast_to(sides.astype(jnp.int32), (images.shape[0], 2)))
+    scale = jnp.tile((given / sides)[::-1], 2)[None, None]
+    return {**outputs, "boxes_xyxy": outputs["boxes_xyxy"] * scale}
+
+  return program
 
 
 def _program(pretrained: Pretrained) -> Any:
