@@ -16,6 +16,7 @@ COMMANDS = {
   "predict": ("vit_jax_zoo.predict", "apply a model to images: JSON, and annotated images"),
   "export": ("vit_jax_zoo.export", "write a model in the format of another library"),
   "transfer": ("vit_jax_zoo.transfer", "evaluate a model's features on other datasets"),
+  "app": ("vit_jax_zoo.app", "a web page that applies models to dropped images"),
   "plan": ("vit_jax_zoo.plan", "memory and speed of a config on a machine that you do not have"),
   "prepare": ("vit_jax_zoo.data.prepare", "pack a dataset as ArrayRecord files"),
 }

@@ -28,7 +28,7 @@ from vit_jax_zoo.registry import CORE, Option, systems
 from vit_jax_zoo.tasks.base import Task, Variables
 
 Image: TypeAlias = UInt8[np.ndarray, "h w 3"]  # A user's picture, decoded: RGB, upright, any size
-ImageLike: TypeAlias = str | os.PathLike | PIL.Image.Image | np.ndarray  # see `read_image`
+ImageLike: TypeAlias = str | os.PathLike | bytes | PIL.Image.Image | np.ndarray  # see `read_image`
 
 Picture: TypeAlias = Figure | np.ndarray  # written as PNG; pixels are uint8 [h w 3], or [h w]
 
@@ -152,6 +152,11 @@ class Predictor(abc.ABC):
     names, index = self._task.class_names, operator.index(label)
     return {"name": names[index]} if index < len(names) else {}
 
+  @classmethod
+  def example_input(cls, example: Mapping[str, Any]) -> dict[str, Image]:
+    """Returns `image`, and options that are images, of a dataset's example."""
+    return {"image": read_image(example["image"])}
+
   @abc.abstractmethod
   def predict(self, images: Sequence[np.ndarray], batch: Mapping[str, np.ndarray]) -> list[Result]:
     """Returns the result of each image; the batch of their examples may have further rows."""
@@ -166,7 +171,7 @@ class Predictor(abc.ABC):
     An image is a path, a PIL image or an RGB array, uint8 [h w 3]. ValueError for one that cannot
     be read or predicted.
     """
-    is_file = isinstance(images, str | os.PathLike | PIL.Image.Image)
+    is_file = isinstance(images, str | os.PathLike | bytes | PIL.Image.Image)
     is_single = is_file or getattr(images, "ndim", 0) in (2, 3)
     results: list[Result] = []
     for _, result in predict_each(self, [images] if is_single else images):
@@ -177,12 +182,14 @@ class Predictor(abc.ABC):
 
 
 def read_image(source: ImageLike) -> Image:
-  """Returns the pixels of a file, a PIL image or an array; see docs/IMAGES.md. ValueError without.
+  """Returns the pixels of a file, its bytes, a PIL image or an array; see docs/IMAGES.md.
 
-  Files and PIL images are decoded as in training; an array must be uint8 [h w 3], RGB, or [h w].
+  All but an array, uint8 [h w 3] RGB or [h w], is decoded as in training. ValueError if it cannot.
   """
   if isinstance(source, PIL.Image.Image):
     return image_files.from_pillow(source)
+  if isinstance(source, bytes):
+    return image_files.decode_image(source)
   if isinstance(source, str | os.PathLike):
     data = image_files.read_file(source)
     try:

@@ -16,7 +16,15 @@ import numpy as np
 from jaxtyping import Array, Num, UInt8
 
 from vit_jax_zoo.data.transforms.super_resolution import SCALE, crop_to_multiple, enlarge, shrink
-from vit_jax_zoo.inference.base import Image, Options, Picture, Predictor, Result, Trained
+from vit_jax_zoo.inference.base import (
+  Image,
+  Options,
+  Picture,
+  Predictor,
+  Result,
+  Trained,
+  read_image,
+)
 from vit_jax_zoo.inference.progress import track
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.systems.ttsr.figures import draw_results
@@ -50,6 +58,12 @@ class SuperResolutionPredictor(Predictor):
     self._jitted_features = frugal(self._features, static_argnames="precise")
     self._jitted_search = frugal(self._search)
     self._jitted_restore = frugal(self._restore)
+
+  @classmethod
+  def example_input(cls, example: Mapping[str, Any]) -> dict[str, Image]:
+    """Returns the small image, and its reference."""
+    image, reference = read_image(example["image"]), read_image(example["reference"])
+    return {"image": shrink(crop_to_multiple(image, "the image")), "reference": reference}
 
   def prepare(self, image: Image) -> dict[str, Image]:
     """Returns the image as it is."""

@@ -1,0 +1,119 @@
+"""The web page: its answers, and all systems in a browser."""
+
+import gc
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import command
+from vit_jax_zoo import app
+
+SYSTEMS = {  # name: config with fields
+  "vit": "vit.py:demo,num_steps=2,batch_size=8",
+  "igpt": "igpt.py:demo,num_steps=2,batch_size=8",
+  "lambda_resnet": "lambda_resnet.py:demo,num_steps=2,batch_size=8",
+  "detr": "detr.py:demo,num_steps=2,batch_size=8",
+  "fpt": "fpt.py:demo,num_steps=2,batch_size=4",
+  "ttsr": "ttsr.py:demo,num_steps=2,batch_size=1",
+}
+
+
+@pytest.fixture
+def photo(tmp_path):
+  path = tmp_path / "photo.png"
+  pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+  Image.fromarray(pixels).save(path)
+  return str(path)
+
+
+def test_answer_has_explanation(vit_run, photo):
+  model = app.Model(str(vit_run))
+  result = model.predict(photo)
+  assert "attention" in result.pictures
+  assert result.to_dict()["top"][0]["name"] in result.summary
+
+
+def test_missing_image_is_named(vit_run):
+  with pytest.raises(ValueError, match=r"^image: missing"):
+    app.Model(str(vit_run)).predict(None)
+
+
+def test_broken_image_is_named(vit_run, tmp_path):
+  path = tmp_path / "broken.jpg"
+  path.write_bytes(b"no picture")
+  with pytest.raises(ValueError, match=r"broken\.jpg"):
+    app.Model(str(vit_run)).predict(str(path))
+
+
+def test_examples_are_test_images(vit_run):
+  examples = app.Model(str(vit_run)).examples()
+  assert 1 < len(examples) <= 4
+  assert all(example["image"].shape == (8, 8, 3) for example in examples)
+
+
+def test_page_without_gradio_names_extra(monkeypatch):
+  monkeypatch.setitem(sys.modules, "gradio", None)
+  with pytest.raises(ImportError, match=r"pip install -e '\.\[app\]'"):
+    app.build([])
+
+
+@pytest.fixture
+def gradio():
+  """The library, which leaves event loops and sockets to the garbage collector."""
+  yield pytest.importorskip("gradio")
+  gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_page_has_tab_of_model(vit_run, gradio):
+  page = app.build([app.Model(str(vit_run))])
+  labels = [part["props"].get("label") for part in page.config["components"]]
+  assert {str(vit_run), "image", "answer", "picture"} <= set(labels)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_all_systems_in_browser(tmp_path, photo, gradio):
+  playwright = pytest.importorskip("playwright.sync_api")
+  models = []
+  for name, config in SYSTEMS.items():
+    few = "--config.data.eval.test.split=test[:4]"
+    command.run(tmp_path / name, f"--config=configs/{config}", few, "--config.explain=False")
+    models.append(app.Model(str(tmp_path / name)))
+  page = app.build(models)
+  _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
+  try:
+    with playwright.sync_playwright() as driver:
+      options = {"executable_path": shutil.which("chromium"), "args": ["--no-sandbox"]}
+      browser = driver.chromium.launch(**options)
+      tab = browser.new_page(viewport={"width": 1200, "height": 1400})
+      tab.goto(url)
+      for model in models:
+        answer = upload(tab, model, photo)
+        assert answer, model.name
+        tab.screenshot(path=tmp_path / f"{model.name.rpartition('/')[2]}.png")
+      browser.close()
+  finally:
+    page.close()
+
+
+def upload(tab, model, photo):
+  """Drops the photo into each field of a model's tab, and returns the answer's text."""
+  tab.get_by_role("tab", name=model.name).click()
+  shown = tab.get_by_role("tabpanel").filter(visible=True)
+  for _ in range(1 + len(model.image_options)):
+    shown.locator("input[type=file]").first.set_input_files(photo)
+    tab.wait_for_timeout(500)
+  answer = shown.get_by_label("answer")
+  shown.get_by_role("button", name="Predict").click()
+  for _ in range(240):
+    if text := answer.input_value():
+      picture = shown.get_by_test_id("detailed-image").or_(shown.locator("img")).last
+      picture.wait_for()
+      assert picture.evaluate("image => image.naturalWidth") > 0
+      return text
+    tab.wait_for_timeout(500)
+  return ""

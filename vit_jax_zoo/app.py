@@ -1,0 +1,145 @@
+"""A web page that applies models to images dropped on it, and shows where they look.
+
+    python -m vit_jax_zoo.app --model=runs/vit_demo
+    python -m vit_jax_zoo.app --model=runs/detr_demo --model=runs/ttsr_demo --port=8000
+
+A model is a run, a published file or folder, or a published name; several have a tab each. The page
+is at http://127.0.0.1:7860, for this machine only. Needs `pip install -e '.[app]'`.
+"""
+
+import os
+import pathlib
+import tempfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+from absl import flags
+
+from vit_jax_zoo import cli
+from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.errors import escape_controls, one_line
+from vit_jax_zoo.inference import create_predictor, predictor_class
+from vit_jax_zoo.inference.base import Options, Result, list_options, read_image
+from vit_jax_zoo.inference.load import load
+
+if TYPE_CHECKING:
+  import gradio
+
+FLAGS = flags.FLAGS
+_EXAMPLES = 4  # test images of a run's dataset
+
+
+def define_flags() -> None:
+  """Defines the flags; not on import, as other commands have flags of the same names."""
+  flags.DEFINE_multi_string("model", [], "a run, or a published file, folder or name; repeatable")
+  flags.DEFINE_string("host", "127.0.0.1", "address to listen at; 0.0.0.0: for other machines")
+  flags.DEFINE_integer("port", 7860, "port to listen at")
+  flags.DEFINE_bool("share", False, "also create a public link, through gradio.live")
+
+
+def main(argv: Sequence[str]) -> int:
+  """Serves the page until it is interrupted; returns 0."""
+  if not (paths := [*FLAGS.model, *argv[1:]]):
+    raise ValueError("--model is missing; expected a run's folder, or a published file or name")
+  page = build([Model(path) for path in paths])
+  page.launch(server_name=FLAGS.host, server_port=FLAGS.port, share=FLAGS.share, show_error=True)
+  return 0
+
+
+class Model:
+  """A model of the page, with the options that are images: they have a field each."""
+
+  def __init__(self, path: str) -> None:
+    self.name = path
+    self._trained = load(path)
+    self._kind = predictor_class(self._trained)
+    read = [option for option in list_options() if option.name in self._kind.reads]
+    self.image_options = [option for option in read if option.type is pathlib.Path]
+    self._predictors: dict[bytes, Any] = {}  # the last one, by the images among its options
+
+  def predict(self, image: str | None, *options: str | None) -> Result:
+    """Returns the result for an image file, given those of `image_options`."""
+    names = ["image", *(option.name for option in self.image_options)]
+    files = dict(zip(names, (image, *options), strict=True))
+    if missing := [name for name, file in files.items() if not file]:
+      raise ValueError(f"{missing[0]}: missing; drop an image there")
+    pixels = {name: read_image(str(file)) for name, file in files.items()}
+    image_array, key = pixels.pop("image"), b"".join(x.tobytes() for x in pixels.values())
+    if key not in self._predictors:
+      self._predictors = {key: self._create(pixels)}
+    return self._predictors[key](image_array)
+
+  def _create(self, images: dict[str, np.ndarray]) -> Any:
+    if "explain" in self._kind.reads:
+      try:
+        return create_predictor(self._trained, Options(explain=True, **images))
+      except ValueError:  # this model has nothing to explain
+        pass
+    return create_predictor(self._trained, Options(**images))
+
+  def examples(self) -> list[dict[str, np.ndarray]]:
+    """Returns inputs from the test data of a run, as far as these are still there."""
+    data = self._trained.config.get("data", {})
+    section = next(iter(data.get("eval", {}).values()), {})
+    try:
+      source = load_source(section["source"], section["split"])
+    except (KeyError, ValueError, OSError):  # a published model, or its data are elsewhere
+      return []
+    chosen = np.linspace(0, len(source) - 1, min(_EXAMPLES, len(source))).round().astype(int)
+    return [self._kind.example_input(source[int(index)]) for index in chosen]
+
+
+def build(models: Sequence[Model]) -> "gradio.Blocks":
+  """Returns the page; ImportError without Gradio."""
+  os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no word to anybody
+  try:
+    import gradio as gr
+  except ImportError:
+    raise ImportError("the web page needs Gradio: pip install -e '.[app]'") from None
+  with gr.Blocks(title="vit_jax_zoo", analytics_enabled=False) as page:
+    for model in models:
+      with gr.Tab(escape_controls(model.name)):
+        _draw_model(gr, model)
+  return page
+
+
+def _draw_model(gr: Any, model: Model) -> None:
+  with gr.Row():
+    with gr.Column():
+      names = ["image", *(option.name for option in model.image_options)]
+      inputs = [gr.Image(type="filepath", label=name, height=300) for name in names]
+      button = gr.Button("Predict", variant="primary")
+      if examples := model.examples():
+        files = [[_as_file(example[name]) for name in names] for example in examples]
+        gr.Examples(files, inputs, label="from the test data")
+    with gr.Column():
+      answer = gr.Textbox(label="answer")
+      picture = gr.Image(label="picture", format="png", interactive=False)
+  title = "more pictures, and where the model looks"
+  pictures = gr.Gallery(label=title, columns=2, height="auto", object_fit="contain")
+  with gr.Accordion("JSON", open=False):
+    record = gr.JSON(show_label=False)
+
+  def respond(*files: str | None) -> list[Any]:
+    try:
+      result = model.predict(*files)
+    except (ValueError, OSError) as error:
+      raise gr.Error(one_line(str(error)), print_exception=False) from None
+    others = [(result.draw(name), name.replace("_", " ")) for name in result.pictures if name]
+    return [result.summary, result.draw(), others, result.to_dict()]
+
+  outputs = [answer, picture, pictures, record]
+  button.click(respond, inputs, outputs)
+  inputs[-1].upload(respond, inputs, outputs)
+
+
+def _as_file(image: np.ndarray) -> str:
+  with tempfile.NamedTemporaryFile(suffix=".png", delete=False) as file:
+    PIL.Image.fromarray(image).save(file)
+  return file.name
+
+
+if __name__ == "__main__":
+  cli.run(main, define_flags)
