@@ -187,8 +187,8 @@ def declared(section="options", option="install_requires"):
 
 
 def optional():
-  """Returns optional packages: used if installed."""
-  return declared("options.extras_require", "fast")
+  """Returns optional packages: used if installed, or needed by one command."""
+  return declared("options.extras_require", "fast") | declared("options.extras_require", "app")
 
 
 def test_imported_packages_in_all_blocks():

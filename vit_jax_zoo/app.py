@@ -116,7 +116,7 @@ def _draw_model(gr: Any, model: Model) -> None:
         gr.Examples(files, inputs, label="from the test data")
     with gr.Column():
       answer = gr.Textbox(label="answer")
-      picture = gr.Image(label="picture", format="png", interactive=False)
+      picture = gr.Image(show_label=False, format="png", interactive=False)
   title = "more pictures, and where the model looks"
   pictures = gr.Gallery(label=title, columns=2, height="auto", object_fit="contain")
   with gr.Accordion("JSON", open=False):
@@ -128,7 +128,8 @@ def _draw_model(gr: Any, model: Model) -> None:
     except (ValueError, OSError) as error:
       raise gr.Error(one_line(str(error)), print_exception=False) from None
     others = [(result.draw(name), name.replace("_", " ")) for name in result.pictures if name]
-    return [result.summary, result.draw(), others, result.to_dict()]
+    gallery = gr.Gallery(others, visible=bool(others))
+    return [result.summary, result.draw(), gallery, result.to_dict()]
 
   outputs = [answer, picture, pictures, record]
   button.click(respond, inputs, outputs)

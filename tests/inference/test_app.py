@@ -1,4 +1,4 @@
-"""The web page: its answers, and all systems in a browser."""
+"""The web page: its answers, and all systems in a browser (extra `app`; -m slow)."""
 
 import gc
 import shutil
@@ -61,23 +61,25 @@ def test_page_without_gradio_names_extra(monkeypatch):
 
 
 @pytest.fixture
-def gradio():
-  """The library, which leaves event loops and sockets to the garbage collector."""
-  yield pytest.importorskip("gradio")
+def collected():
+  """Gradio leaves event loops and sockets to the garbage collector."""
+  yield
   gc.collect()
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_page_has_tab_of_model(vit_run, gradio):
-  page = app.build([app.Model(str(vit_run))])
-  labels = [part["props"].get("label") for part in page.config["components"]]
-  assert {str(vit_run), "image", "answer", "picture"} <= set(labels)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_all_systems_in_browser(tmp_path, photo, gradio):
-  playwright = pytest.importorskip("playwright.sync_api")
+def test_page_has_tab_of_model(vit_run, collected):
+  page = app.build([app.Model(str(vit_run))])
+  labels = [part["props"].get("label") for part in page.config["components"]]
+  assert {str(vit_run), "image", "answer"} <= set(labels)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_all_systems_in_browser(tmp_path, photo, collected):
+  from playwright import sync_api as playwright
+
   models = []
   for name, config in SYSTEMS.items():
     few = "--config.data.eval.test.split=test[:4]"

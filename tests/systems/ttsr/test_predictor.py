@@ -74,7 +74,7 @@ def test_predictor_accepts_any_size_and_aspect_ratio(trained):
   assert prediction.record["size"] == list(result.shape[:2]) == [28, 84]
   assert prediction.record["reference_size"] == [28, 40]
   assert json.loads(json.dumps(prediction.record)) == prediction.record
-  assert len(prediction.pictures["search"].axes) == 6
+  assert len(prediction.pictures["search"].axes) == 8  # and a colour bar
   assert predictor(smooth_image(1, 5, seed=2)).pictures[""].shape == (4, 20, 3)
 
 
