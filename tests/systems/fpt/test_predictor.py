@@ -60,6 +60,16 @@ def test_prediction_has_class_fractions_and_figures():
   assert (labels[0, 0] != labels[0, 10]).any()
 
 
+def test_batch_of_two_sizes():
+  predict, image = predictor(lambda image: {"image": image}), bright_image()
+  predict.batch_size = 4
+  pictures = [image, image[:, ::-1].copy(), image[:6]]
+  for found, picture in zip(predict(pictures), pictures, strict=True):
+    np.testing.assert_array_equal(found.mask, picture[..., 0] > 0)
+    assert repr(found) == "Result(dark 75.0 %, bright 25.0 %)"
+    np.testing.assert_array_equal(np.asarray(found.draw()), found.pictures[""])
+
+
 def test_prediction_crops_padding():
   def halved(image):
     padded = np.full((6, 8, 3), 255, np.uint8)

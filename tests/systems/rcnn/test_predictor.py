@@ -50,7 +50,8 @@ def test_prediction_has_objects_and_figures(paste_conventions):
     "test", task, variables, lambda image: {"image": image[::2, ::2]}, None, "mask_rcnn"
   )
   image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-  prediction = create_predictor(trained, Options(threshold=0.0))(image)
+  predictor = create_predictor(trained, Options(threshold=0.0))
+  prediction = predictor(image)
   objects = prediction.record["objects"]
   assert 1 <= len(objects) <= 4
   for entry in objects:
@@ -68,6 +69,12 @@ def test_prediction_has_objects_and_figures(paste_conventions):
   assert max(entry["box"][2] for entry in objects) > 32  # in the pixels of the original image
   assert set(prediction.pictures) == {"", "masks"}
   assert paste_conventions == [task.evaluator().paste_convention] == ["detectron"]
+  assert prediction.masks.shape == (len(objects), 64, 64)
+  predictor.batch_size = 2
+  _, again = predictor([image[::-1].copy(), image])
+  assert again.labels == prediction.labels
+  np.testing.assert_allclose(again.scores, prediction.scores, rtol=1e-4)
+  np.testing.assert_allclose(again.boxes, prediction.boxes, atol=1e-2)
   certain = create_predictor(trained, Options(threshold=1.0))(image)
   assert certain.record["objects"] == []
 
