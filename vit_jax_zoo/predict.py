@@ -195,7 +195,7 @@ class Records:
     else:
       record = {**record, **result.record}
       shown = f"{name} {record['frame']}" if "frame" in record else name
-      print(one_line(f"{shown}  {result.summary}"))  # noqa: T201
+      print(one_line(shown), one_line(result.summary), sep="  ")  # noqa: T201
       boxes = [[""] * 4] if result.boxes is None else result.boxes.tolist()
       found = zip(result.labels, result.scores, boxes, strict=False)
       self._rows += [[*row, label, score, *box, ""] for label, score, box in found] or [row]

@@ -125,7 +125,7 @@ def test_line_and_table_row_for_each_image(vit_run, tmp_path, capsys):
     "predictions.csv", "predictions.jsonl", predict.MARK,
   }  # fmt: skip
   lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
-  rows = list(csv.DictReader((output / "predictions.csv").open()))
+  rows = list(csv.DictReader((output / "predictions.csv").read_text().splitlines()))
   printed = capsys.readouterr().out.splitlines()
   for path, row, line, text in zip(paths, rows, lines, printed, strict=False):
     best, second = line["top"]
@@ -140,7 +140,7 @@ def test_line_and_table_row_for_each_image(vit_run, tmp_path, capsys):
 def test_table_has_row_for_each_object(tmp_path):
   class Boxes(TwoImagePredictor):
     def result(self, image):
-      boxes = [[1, 2, 30, 20], [0, 0, 5, 5]][: int(image[0, 0, 0])]
+      boxes = [[1.0, 2.0, 30.0, 20.0], [0.0, 0.0, 5.0, 5.0]][: int(image[0, 0, 0])]
       found = [
         box_annotation({"category_id": 3, "name": "cat"}, box, score)
         for box, score in zip(boxes, (0.98, 0.5), strict=False)
@@ -167,7 +167,8 @@ def test_video_gives_annotated_video_and_record_for_each_frame(tmp_path, monkeyp
   class Square(TwoImagePredictor):
     def result(self, image):
       rows, columns = np.nonzero(image[..., 0] > 128)
-      box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+      sides = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+      box = [float(side) for side in sides]
       box = box_annotation({"category_id": 0, "name": "square"}, box, 0.9)
       return Result.of_objects([box], record={"detections": [box]}, draw_pictures=dict)
 
