@@ -39,14 +39,14 @@ def make_program(
     raise ValueError(f"weights: {size / 1e9:.1f} GB; expected at most 2. Use --format=orbax")
   preprocess, dtype, kind = pretrained.preprocess, jnp.float32, "float32 in [0, 255]"
   is_detector = bool(pretrained.task) and tasks()[pretrained.task].predicts_boxes
-  batch, *sides = jax.export.symbolic_shape("b, h, w", constraints=["h >= 2", "w >= 2"])
-  shape = (batch, *program_size(pretrained), preprocess.channels)
+  shape = (*jax.export.symbolic_shape("b"), *program_size(pretrained), preprocess.channels)
   function = _detector(pretrained, one_by_one=one_by_one) if is_detector else _program(pretrained)
   if with_preprocessing:
     if preprocess.fit == "none" or not (preprocess.has_fixed_size or is_detector):
       wrong = f"--with_preprocessing: fit={preprocess.fit} of {type(pretrained.model).__name__}"
       raise ValueError(f"{wrong}; expected images of one size. Resize by the steps in model.json")
-    shape, dtype, kind = (batch, *sides, 3), jnp.uint8, "uint8, RGB"
+    names = jax.export.symbolic_shape("b, h, w", constraints=["h >= 2", "w >= 2"])
+    shape, dtype, kind = (*names, 3), jnp.uint8, "uint8, RGB"
     function = _preprocessed(function, pretrained, is_detector=is_detector)
   arguments = {"images": jax.ShapeDtypeStruct(shape, dtype)}
   notes = {
@@ -58,7 +58,7 @@ def make_program(
   if is_detector:
     notes["boxes_xyxy"] = f"in pixels of the {'given' if with_preprocessing else 'resized'} image"
   if is_detector and not with_preprocessing:
-    arguments["image_size"] = jax.ShapeDtypeStruct((batch, 2), jnp.int32)
+    arguments["image_size"] = jax.ShapeDtypeStruct((shape[0], 2), jnp.int32)
     notes["image_size"] = ["b", "2", "int32, height and width without the padding"]
   return function, arguments, notes
 
