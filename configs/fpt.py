@@ -337,8 +337,8 @@ def segmentation_finetune(  # noqa: PLR0913  (each is a field that a command lin
 
   Paper: none. SGD with 0.005 for batch 4, the usual learning rate above; 5 % of warm-up.
   Data: `source=segmentation:/path`, images and label PNGs in splits `train` and `val`; see
-    `data/sources/segmentation.py`. Without a `val`: --config.data.train.split=train[:80%]
-    --config.data.eval.val.split=train[80%:].
+    `data/sources/segmentation.py`; or `hf:/path`, `hf:user/name`. Without a `val`:
+    --config.data.train.split=train[:80%] --config.data.eval.val.split=train[80%:].
   Classes: `class_names`, a text file with one name per line, by default `classes.txt` in the
     folder. Class i has the value i in the label PNGs, and 255 is ignored; otherwise `values` has
     the values in the order of the classes, such as 0+255 or 1-20+30, and all others are ignored.
@@ -352,7 +352,7 @@ def segmentation_finetune(  # noqa: PLR0913  (each is a field that a command lin
   """
   classes = _numbers(values)
   kind, _, folder = source.partition(":")
-  if not (class_names or classes or kind == "tfds"):
+  if not (class_names or classes or kind in ("tfds", "hf")):
     class_names = f"{folder}/classes.txt"
   config = segmentation(
     num_classes=len(classes), labels={"classes": classes} if classes else {}, files={}, crop=crop,

@@ -2,6 +2,7 @@
 
 import functools
 
+import datasets
 import jax
 import numpy as np
 import pytest
@@ -44,3 +45,43 @@ def test_train_on_table_of_several_labels(tmp_path):
   scores = train_classifier(f"csv:{tmp_path}/labels.csv", tmp_path / "run", "multi_label=true")
   assert scores["test/loss"] > 0
   assert {"val/loss", "test/accuracy/dog"} <= scores.keys()
+
+
+def hugging_face(root, features, **columns):
+  """Saves 12 images with further columns; returns the source's name."""
+  features = datasets.Features({"image": datasets.Image(), **features})
+  rows = {"image": [photo(i) for i in range(12)], **columns}
+  datasets.Dataset.from_dict(rows, features=features).save_to_disk(root / "data")
+  return f"hf:{root / 'data'}"
+
+
+def data_of(recipe):
+  """Returns the class names of a recipe's task, and the first training example."""
+  experiment = build(load(recipe), devices=jax.devices()[:1])
+  return experiment.task.class_names, experiment.train_source[0]
+
+
+def test_objects_of_hugging_face_for_detr(tmp_path):
+  system_module("detr")
+  kind = {
+    "bbox": datasets.List(datasets.List(datasets.Value("int64"))),
+    "category": datasets.List(datasets.ClassLabel(names=["nut", "bolt"])),
+  }
+  objects = [{"bbox": [[2, 3, 10, 8]], "category": [i % 2]} for i in range(12)]
+  name = hugging_face(tmp_path, {"objects": kind}, objects=objects)
+  names, example = data_of(f"configs/detr.py:r50_finetune,source={name}")
+  assert names == ("nut", "bolt")
+  np.testing.assert_array_equal(example["boxes_xyxy"], [[2, 3, 12, 11]])
+
+
+def test_label_maps_of_hugging_face_for_fpt(tmp_path):
+  system_module("fpt")
+  maps = [Image.fromarray(np.full((20, 24), i % 2, np.uint8)) for i in range(12)]
+  name = hugging_face(tmp_path, {"mask": datasets.Image()}, mask=maps)
+  recipe = f"configs/fpt.py:segmentation_finetune,source={name},crop=33"
+  with pytest.raises(ValueError, match="num_classes"):
+    data_of(recipe)
+  (tmp_path / "classes.txt").write_text("road\nroof\n")
+  names, example = data_of(f"{recipe},class_names={tmp_path}/classes.txt")
+  assert names == ("road", "roof")
+  assert {"image", "label_map", "image_id"} == example.keys()

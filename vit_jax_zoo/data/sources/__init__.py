@@ -7,6 +7,7 @@
     coco:/path                    images with boxes, masks or segments in COCO's format
     segmentation:/path            images with label maps, a class for every pixel
     pairs:/path                   images with references, for super-resolution
+    hf:/path hf:user/name         a dataset of Hugging Face's `datasets`
     tfds:imagenet2012             a dataset prepared by `vit_jax_zoo.data.prepare`
     tfds:/path/to/prepared/1.0.0  the same by its folder; gs://bucket/... works as well
 
@@ -22,7 +23,7 @@ from vit_jax_zoo.data.sources.base import Source, select_split
 from vit_jax_zoo.errors import check_names, unknown_name
 from vit_jax_zoo.registry import Registry
 
-_MODULES = {name: name for name in ("demo", "coco", "folder", "pairs", "segmentation", "tfds")}
+_MODULES = {k: k for k in ("coco", "demo", "folder", "hf", "pairs", "segmentation", "tfds")}
 _MODULES |= {"csv": "csv_file", "segments": "segmentation"}  # segments: its old name
 KINDS = Registry("kind of source", {k: f"{__name__}.{m}:open_splits" for k, m in _MODULES.items()})
 

@@ -15,6 +15,7 @@ names of splits are those of `folder:`.
 """
 
 import csv
+import functools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -74,7 +75,8 @@ def open_splits(location: str, class_names: Sequence[str] | str | None = None) -
   found, count, class_names = folder.encode_labels(found, names, label_name)
   info = base.DatasetInfo(f"csv:{location}", 0, count, class_names)
   root = path if path.is_dir() else path.parent
-  return folder.complete_sources({s: CsvSource(info, root, files) for s, files in found.items()})
+  splits = {s: functools.partial(CsvSource, info, root, rows) for s, rows in found.items()}
+  return folder.hold_out_test(splits)
 
 
 def _read(file: pathlib.Path, split: str) -> tuple[list[str], list[_Row]]:

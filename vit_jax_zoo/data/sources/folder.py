@@ -47,7 +47,7 @@ TEST_FRACTION = 0.1
 CHOOSE_FRACTION = 0.1
 
 Labelled: TypeAlias = list[tuple[Any, ...]]
-"""Path below a folder, class id or a tuple of them, and what else a source needs of an example."""
+"""Path or name of an example, class or a tuple of classes, and what else its source needs."""
 
 _LISTED = 5  # maximum number of files or classes in a message
 _SYSTEM_FOLDERS = (
@@ -138,20 +138,20 @@ def read_class_names(class_names: Sequence[str] | str | None) -> tuple[str, ...]
 
 
 class LabelledSource(FileSource):
-  """Image files with a class or several. `image` is the file's bytes."""
+  """Images with a class, a tuple of classes, or None. `image` is the file's bytes."""
 
   def __getitem__(self, index: int) -> base.Example:
     label = self._files[index][1]
-    several = isinstance(label, tuple)
-    label = np.array(label, np.int32) if several else label
-    return {"image": self._image(index), "label": label}
+    label = np.array(label, np.int32) if isinstance(label, tuple) else label
+    return {**self._load(index), **({} if label is None else {"label": label})}
 
-  def _image(self, index: int) -> bytes:
-    return self.read(self._files[index][0])
+  def _load(self, index: int) -> base.Example:
+    """Returns the example without its label."""
+    return {"image": self.read(self._files[index][0])}
 
   def labels(self) -> np.ndarray | None:
     labels = [file[1] for file in self._files]
-    return None if isinstance(labels[0], tuple) else np.array(labels, np.int64)
+    return np.array(labels, np.int64) if isinstance(labels[0], int) else None
 
   def split_by_hash(self) -> dict[str, Callable[[], "LabelledSource"]]:
     """Returns the splits of a source without a test set: `train`, `test` and `all`."""
@@ -347,6 +347,8 @@ def encode_labels(
   first: dict[Any, str] = {}
   for file in itertools.chain.from_iterable(splits.values()):
     for value in file[1] if isinstance(file[1], tuple) else file[1:2]:
+      if not isinstance(value, int | str):
+        raise ValueError(f"{name_of_label(file)} {value!r}; expected an integer or a text")
       if value not in first:
         first[value] = f"{name_of_label(file)} {value!r}"
   names = read_class_names(class_names)
@@ -406,13 +408,10 @@ def complete_splits(splits: LabelledSplits, location: str) -> base.Splits:
   return _name_test(base.name_validation(_name_choices(splits)), location)
 
 
-def complete_sources(sources: Mapping[str, LabelledSource]) -> base.Splits:
-  """Returns all splits of sources by name; without a test set, a part of `train` is held out."""
-  splits: dict[str, Callable[[], LabelledSource]] = {
-    name: lambda source=source: source for name, source in sources.items()
-  }
-  if "train" in sources and not sources.keys() & {"test", *base.VALIDATION_NAMES}:
-    splits |= sources["train"].split_by_hash()
+def hold_out_test(splits: LabelledSplits) -> base.Splits:
+  """Returns all splits; without a test or validation set, a part of `train` is held out."""
+  if "train" in splits and not splits.keys() & {"test", *base.VALIDATION_NAMES}:
+    splits = {**splits, **splits["train"]().split_by_hash()}
   return complete_splits(splits, "")
 
 
