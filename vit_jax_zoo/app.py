@@ -7,6 +7,8 @@ A model is a run, a published file or folder, or a published name; several have 
 is at http://127.0.0.1:7860, for this machine only. Needs `pip install -e '.[app]'`.
 """
 
+import base64
+import io
 import os
 import pathlib
 import tempfile
@@ -117,8 +119,7 @@ def _draw_model(gr: Any, model: Model) -> None:
     with gr.Column():
       answer = gr.Textbox(label="answer")
       picture = gr.Image(show_label=False, format="png", interactive=False)
-  title = "more pictures, and where the model looks"
-  pictures = gr.Gallery(label=title, columns=2, height="auto", object_fit="contain")
+  pictures = gr.HTML()
   with gr.Accordion("JSON", open=False):
     record = gr.JSON(show_label=False)
 
@@ -127,13 +128,19 @@ def _draw_model(gr: Any, model: Model) -> None:
       result = model.predict(*files)
     except (ValueError, OSError) as error:
       raise gr.Error(one_line(str(error)), print_exception=False) from None
-    others = [(result.draw(name), name.replace("_", " ")) for name in result.pictures if name]
-    gallery = gr.Gallery(others, visible=bool(others))
-    return [result.summary, result.draw(), gallery, result.to_dict()]
+    others = "\n".join(_as_html(result.draw(name)) for name in result.pictures if name)
+    return [result.summary, result.draw(), others, result.to_dict()]
 
   outputs = [answer, picture, pictures, record]
   button.click(respond, inputs, outputs)
   inputs[-1].upload(respond, inputs, outputs)
+
+
+def _as_html(picture: PIL.Image.Image) -> str:
+  stream = io.BytesIO()
+  picture.save(stream, "PNG")
+  data = base64.b64encode(stream.getvalue()).decode()
+  return f'<img src="data:image/png;base64,{data}" style="max-width: 100%; display: inline">'
 
 
 def _as_file(image: np.ndarray) -> str:
