@@ -60,8 +60,7 @@ DATASETS: Mapping[str, Facts] = {
 """By name in TFDS or of the published folder. From the datasets' pages."""
 
 _COMMON = {
-  "tfds": "imagenet2012",
-  "folder": "imagenet2012",
+  **dict.fromkeys(("csv", "folder", "hf", "tfds", "wds"), "imagenet2012"),
   "coco": "coco/2017",
   "segmentation": "ADEChallengeData2016",
   "segments": "ADEChallengeData2016",
