@@ -67,4 +67,5 @@ def test_detector_with_preprocessing(tmp_path):
   expected = jax.jit(function)(images, sizes)
   np.testing.assert_allclose(found["scores"], expected["scores"], atol=5e-3)
   scale = np.tile(np.array([130, 100]) / resized.shape[1::-1], 2)
-  np.testing.assert_allclose(found["boxes_xyxy"], expected["boxes_xyxy"] * scale, atol=1)
+  boxes = np.asarray(expected["boxes_xyxy"]) * scale
+  np.testing.assert_allclose(found["boxes_xyxy"], boxes, atol=1)
