@@ -290,7 +290,7 @@ def _decode_with_pillow(data: bytes) -> Pixels:
       if isinstance(clear, tuple) and bits == 16:  # Pillow keeps the upper bytes only
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
         samples = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), flags))
-        is_opaque = np.asarray(np.not_equal(samples, clear).any(2))
+        is_opaque = np.any(samples != np.asarray(clear), axis=2)
         del image.info["transparency"]
         image.putalpha(Image.fromarray(is_opaque))
       return from_pillow(image)
