@@ -1,6 +1,7 @@
 """Predictions with the ids of a COCO file, scored by pycocotools."""
 
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -88,6 +89,19 @@ def test_ground_truth_predictions_have_ap_one(tmp_path, ids, names):
   assert coco["categories"] == json.loads(file.read_text())["categories"]
   assert [a["category_id"] for a in coco["annotations"]] == [7, 3, 3]
   assert [r["image_id"] for r in read(tmp_path, "predictions.json")] == list(ids)
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_composed_or_not(tmp_path, forms):
+  in_file, of_user = (unicodedata.normalize(form, "\u00e9") for form in forms)
+  file = tmp_path / "gt.json"
+  images = [{"id": 9, "file_name": f"{in_file}/{in_file}.png", "height": 4, "width": 4}]
+  categories = [{"id": 5, "name": in_file}]
+  file.write_text(json.dumps({"images": images, "annotations": [], "categories": categories}))
+  truth = GroundTruth(file, [tmp_path / of_user / f"{of_user}.png"])
+  assert list(truth.image_ids.values()) == [9]
+  assert truth.category_id(1, of_user) == 5
+  assert truth.categories == categories
 
 
 def test_unmatched_images_logged_and_skipped(tmp_path, caplog):

@@ -16,6 +16,7 @@ from typing import Any
 
 from absl import logging
 
+from vit_jax_zoo.data.sources.base import composed
 from vit_jax_zoo.data.sources.coco_file import read_images
 from vit_jax_zoo.errors import escape_surrogates
 from vit_jax_zoo.inference.base import Image, Result
@@ -27,7 +28,8 @@ _LISTED = 10
 class GroundTruth:
   """Ids of the images and categories of a COCO file, for predictions that are scored with it.
 
-  An image is matched if its path ends with one `file_name`, else if one has the same base name.
+  An image is matched if its path ends with one `file_name`, else if one has the same base name;
+  accents may be composed or not.
   Classes are matched by name, or by id if the model has no names; a class that is not in the file
   keeps its id, or if the file uses that id, gets one above the file's.
   """
@@ -38,21 +40,23 @@ class GroundTruth:
     self.file = file
     images, self.categories = read_images(file)
     self._sizes = {image["id"]: (image["height"], image["width"]) for image in images}
-    self._names = {c["id"]: escape_surrogates(c["name"]) for c in self.categories}  # as models'
+    # As models' names are.
+    self._names = {c["id"]: composed(escape_surrogates(c["name"])) for c in self.categories}
     self._ids = {name: number for number, name in reversed(self._names.items())}
     self.image_ids = self._match(images, paths)
 
   def _match(self, images: list[dict[str, Any]], paths: Sequence[pathlib.Path]) -> dict[str, Any]:
     by_name, by_base_name = collections.defaultdict(list), collections.defaultdict(list)
     for image in images:
-      name = pathlib.Path(image["file_name"])
+      name = pathlib.Path(composed(image["file_name"]))
       by_name[name.parts].append(image["id"])
       by_base_name[name.name].append(image["id"])
     found: dict[str, Any] = {}
     given: dict[Any, pathlib.Path] = {}
     for path in paths:
-      ends = (path.parts[i:] for i in range(len(path.parts)))
-      ids = next((by_name[end] for end in ends if end in by_name), by_base_name.get(path.name, ()))
+      parts = pathlib.Path(composed(str(path))).parts
+      ends = (parts[i:] for i in range(len(parts)))
+      ids = next((by_name[end] for end in ends if end in by_name), by_base_name.get(parts[-1], ()))
       if len(ids) == 1 and ids[0] not in given:
         given[ids[0]] = path
         found[escape_surrogates(str(path))] = ids[0]
@@ -79,7 +83,7 @@ class GroundTruth:
 
   def category_id(self, label: int, name: str | None) -> int:
     """Returns the file's id of a class."""
-    name = self._names.get(label, str(label)) if name is None else name
+    name = self._names.get(label, str(label)) if name is None else composed(name)
     if self._names.get(label) == name:
       return label
     if name in self._ids:

@@ -33,6 +33,14 @@ def test_splits_equal_those_of_folders(class_folders):
     assert ours.example_name(0).startswith(f"{theirs.example_name(0)} ({table}, row ")
 
 
+def test_decomposed_accents_found(tmp_path):
+  write(tmp_path / "labels.csv", "path,label", "e\u0301.jpg,x", "b.jpg,y")
+  (tmp_path / "labels.csv").write_text("path,label\n\u00e9.jpg,x\nb.jpg,y\n", encoding="utf-8")
+  source = load_source(f"csv:{tmp_path / 'labels.csv'}", "all")
+  assert source.missing() == []
+  assert all(source[i]["image"] for i in range(2))
+
+
 @pytest.mark.parametrize(
   ("lines", "class_names"),
   [

@@ -63,6 +63,14 @@ def voc(root):
 
 
 class TestLayouts:
+  def test_decomposed_accents_found(self, tmp_path):
+    write(tmp_path, "JPEGImages/e\u0301.jpg", "SegmentationClass/\u00e9.png")
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    for split, name in (("train", "e\u0301"), ("val", "\u00e9")):
+      (lists / f"{split}.txt").write_text(f"{name}\n", encoding="utf-8")
+      assert load_source(f"segmentation:{tmp_path}", split)[0]["label_map"]
+
   @pytest.mark.parametrize("layout", [plain, ade20k, cityscapes, voc])
   def test_layouts(self, tmp_path, layout):
     """Each layout has two training images and one validation image with their label maps."""

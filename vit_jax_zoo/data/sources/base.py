@@ -12,6 +12,7 @@ import itertools
 import os
 import pathlib
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -89,6 +90,20 @@ def local_folder(kind: str, location: str, expected: str) -> pathlib.Path:
   if "://" in location or not root.is_dir():
     raise FileNotFoundError(f"{kind}:{location} is no folder on a local disk; expected {expected}")
   return root
+
+
+def composed(name: str) -> str:
+  """Returns a name with composed accents (NFC), for comparisons; macOS decomposes them."""
+  return unicodedata.normalize("NFC", name)
+
+
+def file_path(folder: str, name: str) -> str:
+  """Returns the path of a file below a folder, whose accents may be composed or not on the disk."""
+  path = os.path.join(folder, name)
+  if name.isascii() or os.path.lexists(path):
+    return path
+  others = (os.path.join(folder, unicodedata.normalize(form, name)) for form in ("NFC", "NFD"))
+  return next(filter(os.path.lexists, others), path)
 
 
 def missing_files(files: Sequence[Sequence[str]]) -> list[int]:

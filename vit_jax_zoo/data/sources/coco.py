@@ -136,9 +136,9 @@ class CocoSource(base.Source):
 
   def _files(self, index: int) -> list[str]:
     image = self._images[index]
-    files = [os.path.join(self._folder, image["file_name"])]
+    files = [base.file_path(self._folder, image["file_name"])]
     if self._segments is not None:
-      files.append(os.path.join(self._segments, self._pngs[image["id"]]))
+      files.append(base.file_path(str(self._segments), self._pngs[image["id"]]))
     return files
 
   def example_name(self, index: int) -> str:
@@ -271,7 +271,8 @@ def _read_headers(
 
   def read(index: int) -> tuple[int, int, int] | None:
     try:
-      return image_files.read_header(split.images / images[index]["file_name"])
+      file = base.file_path(str(split.images), images[index]["file_name"])
+      return image_files.read_header(file)
     except (OSError, base.CorruptExampleError):
       return None
 

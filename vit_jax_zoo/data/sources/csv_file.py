@@ -31,7 +31,7 @@ class CsvSource(folder.LabelledSource):
     return f"{super().example_name(index)} ({self._files[index][2]})"
 
   def missing(self) -> list[int]:
-    return base.missing_files([[os.path.join(self._root, file[0])] for file in self._files])
+    return base.missing_files([[base.file_path(self._root, file[0])] for file in self._files])
 
 
 class _Row(NamedTuple):

@@ -26,7 +26,6 @@ import json
 import os
 import pathlib
 import re
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -68,10 +67,10 @@ class FileSource(base.Source):
     self._root, self._files = os.fspath(root), files
 
   def example_name(self, index: int) -> str:
-    return os.path.join(self._root, self._files[index][0])
+    return base.file_path(self._root, self._files[index][0])
 
   def read(self, file: str) -> bytes:
-    return read_file(os.path.join(self._root, file))
+    return read_file(base.file_path(self._root, file))
 
 
 def list_images(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
@@ -316,7 +315,7 @@ def _scan(root: pathlib.Path) -> list[tuple[str, str]]:
   ignored: list[str] = []
   for folder in _folders(root):
     images, others = list_images(folder)
-    name = unicodedata.normalize("NFC", folder.name)  # macOS decomposes accents
+    name = base.composed(folder.name)
     found += [(f"{folder.name}/{path}", name) for path in images]
     ignored += [f"{folder.name}/{path}" for path in others]
     ignored += [] if images else [f"{folder.name} (no images: not a class)"]
@@ -326,7 +325,7 @@ def _scan(root: pathlib.Path) -> list[tuple[str, str]]:
 
 def number_classes(found: Mapping[str, str], names: Sequence[str]) -> dict[str, int]:
   """Returns the id of each class in `found`, whose values are what an error names."""
-  ids = {unicodedata.normalize("NFC", name): number for number, name in enumerate(names)}
+  ids = {base.composed(name): number for number, name in enumerate(names)}
   unknown = sorted(found.keys() - ids)
   if unknown:
     nearest = {_spelling(name): f"; did you mean {name!r}?" for name in names}
@@ -358,7 +357,7 @@ def encode_labels(
       raise ValueError(f"{first[value]}: no class; expected 0 to {count - 1}. Check class_names")
     ids = {value: value for value in first}
   else:
-    texts = {value: unicodedata.normalize("NFC", str(value)) for value in first}
+    texts = {value: base.composed(str(value)) for value in first}
     found = {texts[value]: where for value, where in first.items()}
     names = names or tuple(sorted(found))
     count, numbers = len(names), number_classes(found, names)

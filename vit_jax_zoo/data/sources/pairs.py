@@ -21,12 +21,12 @@ the published test sets have only the split `test`. The option `reference` choos
 import functools
 import pathlib
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 from vit_jax_zoo.data.images import suffixes
 from vit_jax_zoo.data.sources import base
+from vit_jax_zoo.data.sources.base import composed
 from vit_jax_zoo.data.sources.folder import TEST_FRACTION, FileSource, hash_name, hold_out
 from vit_jax_zoo.errors import check_names
 
@@ -129,9 +129,9 @@ def _named_alike(inputs: pathlib.Path, references: pathlib.Path) -> Pairs:
     raise ValueError(f"{inputs}: no images of {', '.join(sorted(suffixes()))}")
   files: dict[str, list[pathlib.Path]] = {}
   for path in [*_images(references), *(path for path in _listing(references) if path.is_dir())]:
-    for name in {_key(path.name), _key(path.stem) if path.is_file() else ""} - {""}:
+    for name in {composed(path.name), composed(path.stem) if path.is_file() else ""} - {""}:
       files.setdefault(name, []).append(path)
-  names = {_key(image.name) for image in images}
+  names = {composed(image.name) for image in images}
   pairs = {image: _references_of(image, files, names) for image in images}
   first: dict[tuple[pathlib.Path, ...], pathlib.Path] = {}
   for image, found in pairs.items():
@@ -145,17 +145,13 @@ def _references_of(
   image: pathlib.Path, files: Mapping[str, list[pathlib.Path]], names: set[str]
 ) -> tuple[pathlib.Path, ...]:
   """Returns an image's references: of its full name; else of its stem, unless of another image."""
-  found = files.get(_key(image.name), [])
-  others = [path for path in files.get(_key(image.stem), []) if path not in found]
-  found = found + [p for p in others if p.is_dir() or not (found or _key(p.name) in names)]
+  found = files.get(composed(image.name), [])
+  others = [path for path in files.get(composed(image.stem), []) if path not in found]
+  found = found + [p for p in others if p.is_dir() or not (found or composed(p.name) in names)]
   if len(found) > 1:
     listed = ", ".join(map(str, sorted(found)))
     raise ValueError(f"{image}: several references have its name, {listed}; keep one of them")
   return tuple(_images(found[0])) if found and found[0].is_dir() else tuple(found)
-
-
-def _key(name: str) -> str:
-  return unicodedata.normalize("NFC", name)
 
 
 def _cufed5(folder: pathlib.Path) -> Pairs:
@@ -175,9 +171,9 @@ def _without_references(folder: pathlib.Path, pattern: str) -> Pairs:
 
 def _hashed(find: Callable[[], Pairs], held_out: bool) -> Pairs:  # noqa: FBT001
   pairs = find()
-  names = sorted({_key(image.name) for image in pairs}, key=hash_name)
+  names = sorted({composed(image.name) for image in pairs}, key=hash_name)
   part = {name for name, _ in hold_out([(name, 0) for name in names], TEST_FRACTION)[held_out]}
-  return {image: refs for image, refs in pairs.items() if _key(image.name) in part}
+  return {image: refs for image, refs in pairs.items() if composed(image.name) in part}
 
 
 def _images(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -194,4 +190,4 @@ def _natural(path: pathlib.Path) -> list[tuple[int, str]]:
 
 
 def _hash(name: str) -> int:
-  return hash_name(_key(name))
+  return hash_name(composed(name))

@@ -126,13 +126,14 @@ def _find_in_folders(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple
 def _find_by_lists(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str]]]:
   lists = str(layout.lists)
   pattern = re.escape(lists).replace(r"\{split\}", "(.+)")
-  images = {str(pathlib.PurePath(f).with_suffix("")): f for f in _images_below(root, layout.images)}
+  below, stem = _images_below(root, layout.images), layout.images.removesuffix(".*")
+  images = {base.composed(os.path.splitext(file)[0]): file for file in below}
   found = {}
   for file in filter(os.path.isfile, sorted(root.glob(lists.replace("{split}", "*")))):
     split = re.fullmatch(pattern, file.relative_to(root).as_posix())
     text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # as in file names
     names = [line.split()[0] for line in text.splitlines() if line.strip()]
-    stems = [layout.images.removesuffix(".*").format(split="", name=name) for name in names]
+    stems = [base.composed(stem.format(split="", name=name)) for name in names]
     missing = [stem for stem in stems if stem not in images]
     if missing:
       raise FileNotFoundError(f"{file}: image {missing[0]!r} is missing ({len(missing)} in all)")
@@ -156,7 +157,7 @@ def _images_below(root: pathlib.Path, pattern: str) -> list[str]:
 
 def _check_labels(root: pathlib.Path, found: dict[str, list[tuple[str, str]]]) -> None:
   for split, files in found.items():
-    missing = [(image, labels) for image, labels in files if not (root / labels).is_file()]
+    missing = [pair for pair in files if not os.path.isfile(base.file_path(str(root), pair[1]))]
     if missing and SPLIT_NAMES.get(split, split) != "test":  # benchmarks do not publish these
       image, labels = missing[0]
       raise FileNotFoundError(
