@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+import unicodedata
 import zlib
 
 import numpy as np
@@ -236,6 +237,47 @@ def test_outline_coordinates_clipped(tmp_path):
   assert masks[0, 0, 10].sum() == 50
 
 
+@pytest.mark.parametrize("far", [1e3, 1e12, 1e14])
+def test_far_outline_keeps_its_edges(tmp_path, far):
+  data = dataset()
+  below, above = [5, 5, 5, far, far, far], [5, 5, far, 5, far, far]
+  for found, outline in zip(data["annotations"], (below, above), strict=True):
+    found["segmentation"] = [outline]
+  masks = batch_of(load_source(write(tmp_path, data), "train"))["masks"][:, 0]
+  y, x = np.indices((40, 60))
+  inside = (np.minimum(x, y) >= 5) & (x != y)
+  assert (masks[0] == (y > x))[inside].all()
+  assert (masks[1] == (y < x))[inside].all()
+  assert not masks[:, :4].any()
+
+
+def test_outline_far_outside_dropped(tmp_path, caplog):
+  data = dataset()
+  data["annotations"][0]["segmentation"] = [[1e9, 5, 2e9, 5, 2e9, 1e9]]
+  with caplog.at_level("WARNING"):
+    load_source(write(tmp_path, data), "train")
+  assert "1 x outline with no pixel in its image (annotation 1 of 1.jpg)" in caplog.text
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_decomposed_accents_found(tmp_path, forms):
+  in_file, on_disk = (unicodedata.normalize(form, "\u00e4/\u00e9.jpg") for form in forms)
+  data = dataset()
+  data["images"][0]["file_name"] = in_file
+  name = write(tmp_path, data)
+  (tmp_path / "train" / on_disk).parent.mkdir()
+  (tmp_path / "train" / "1.jpg").rename(tmp_path / "train" / on_disk)
+  source = load_source(name, "train")
+  assert source.missing() == []
+  assert batch_of(source)["is_target"].sum() == 2
+
+
+def corner_boxes(data, *, outside):
+  """Gives 20 boxes by corners, of which this many would end outside of their image."""
+  boxes = [[30, 20, 55, 35] if i < outside else [5 + i, 5, 30 + i, 15] for i in range(20)]
+  data["annotations"] = [objects(id=i, bbox=box, area=250) for i, box in enumerate(boxes)]
+
+
 def test_masks_false_without_outlines(tmp_path):
   data = dataset()
   for found in data["annotations"]:
@@ -296,6 +338,15 @@ def test_iscrowd_text_converted(tmp_path, caplog):
       lambda d: [a.update(bbox=[30, 20, 55, 35]) for a in d["annotations"]],
       "left, top, right, bottom.*2 of 2 boxes",
     ),
+    (lambda d: corner_boxes(d, outside=3), "left, top, right, bottom.*[^0]0? of 20 boxes"),
+    (
+      lambda d: d["annotations"].__setitem__(
+        slice(None), [objects(id=i, bbox=[i, 5, i + 20, 15], area=200) for i in range(1, 9)]
+      ),
+      "left, top, right, bottom.* 8 areas",
+    ),
+    (first(bbox=[50, 5, 30, 9]), "1 x bbox that reaches out of its image.*annotation 1 of 1.jpg"),
+    (first(bbox=[-9, 5, 30, 9]), "1 x bbox that reaches out of its image.*annotation 1 of 1.jpg"),
     (lambda d: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in d["annotations"]], r"2 x .*\[0, 1\]"),
     (first(bbox=[0.1, 0.1, 0.5, 1.0001]), r"1 x bbox in \[0, 1\].*annotation 1 of 1.jpg"),
     (lambda d: d["categories"].append({"id": 1, "name": "cat"}), "category that is listed twice"),

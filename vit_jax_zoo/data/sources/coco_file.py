@@ -7,8 +7,8 @@ Every kind of problem is reported once, with its count and its first example:
 * left out of the data: boxes with NaN or a negative side, and images without panoptic annotation;
 * left out where masks are used: objects without a usable outline;
 * left out only in training: crowds, and boxes without area in their image, which are scored;
-* logged: no annotations or only crowds, boxes in [0, 1] or given by two corners, text for a
-  number, a file, name or object twice, file names that are no path, categories without `isthing`.
+* logged: no annotations or only crowds, boxes in [0, 1], out of the image or given by two corners,
+  text for a number, a file, name or object twice, unusual paths, categories without `isthing`.
 """
 
 import collections
@@ -25,6 +25,7 @@ import numpy as np
 from absl import logging
 from faster_coco_eval.core import mask as run_lengths
 
+from vit_jax_zoo.data.sources.base import composed
 from vit_jax_zoo.errors import shorten
 
 MAX_CATEGORY = 99_999  # ids are class ids: a classifier has one output for each up to the largest
@@ -139,7 +140,8 @@ class _Check:
     self._refused: dict[str, list[str]] = {}
     self._warned: dict[str, list[str]] = {}
     self._without_outline: list[str] = []
-    self._outlines = self._boxes = self._corners = self._outside = self._crowds = 0
+    self._outlines = self._boxes = self._outside = self._crowds = 0
+    self._corners = self._corner_areas = 0
 
   def each(self, items: Iterable[Any], add: Callable[[Any], None]) -> None:
     for item in items:
@@ -162,9 +164,11 @@ class _Check:
 
   def log(self) -> None:
     """Logs the problems of single items, and of the annotations as a whole."""
-    if self._corners == self._boxes and 2 * self._outside > self._boxes:
+    suspicious = 10 * self._outside >= self._boxes or 2 * self._corner_areas > self._boxes
+    if self._boxes and self._corners == self._boxes and suspicious:
       kind = "dataset whose boxes seem to be left, top, right, bottom; expected width and height"
-      self.warn(kind, f"{self._outside} of {self._boxes} boxes end outside of their image")
+      found = f"{self._outside} of {self._boxes} boxes end outside of their image"
+      self.warn(kind, f"{found}, {self._corner_areas} areas are (right - left) * (bottom - top)")
     if self._crowds:
       logging.info("%d crowds: left out in training, ignored regions in scoring", self._crowds)
     if not self._outlines:  # none is usable
@@ -184,6 +188,7 @@ class _Check:
       raise _RefusedError("category without an integer id of at least 0", _short(category))
     if not isinstance(name, str):
       raise _RefusedError("category without a name", f"id {number}")
+    name = composed(name)
     if number > MAX_CATEGORY:
       kind = f"category id above {MAX_CATEGORY}; ids are class ids: number them from 0 or 1"
       raise _RefusedError(kind, f"id {number}")
@@ -232,13 +237,21 @@ class _Check:
     if not all(map(_is_finite, box)) or min(box[2:]) < 0:
       self.warn("bbox with NaN, numbers beyond 1e15 or a negative side, left out", where)
       return
+    ends = box[0] + box[2] - image["width"], box[1] + box[3] - image["height"]
+    outside = max(-box[0], -box[1], *ends) > 1
     if not found["iscrowd"] and not _has_area(box, image):
       self.warn("bbox without area in its image, left out in training", where)
     elif max(box) <= 1.01 and image["width"] * image["height"] > 1:  # 1.01: rounded
       self.warn("bbox in [0, 1]; expected pixels: left, top, width, height", where)
+    elif outside:
+      self.warn("bbox that reaches out of its image, clipped in training", where)
     self._boxes += 1
-    self._corners += box[0] < box[2] <= image["width"] and box[1] < box[3] <= image["height"]
-    self._outside += max(box[0] + box[2] - image["width"], box[1] + box[3] - image["height"]) > 1
+    self._outside += outside
+    if box[0] < box[2] <= image["width"] and box[1] < box[3] <= image["height"]:
+      self._corners += 1
+      areas = box[2] * box[3], (box[2] - box[0]) * (box[3] - box[1])
+      is_close = [math.isclose(found.get("area", 0), area, rel_tol=0.01) for area in areas]
+      self._corner_areas += is_close == [False, True]
     self._crowds += found["iscrowd"]
     found = {"area": box[2] * box[3], **found, "bbox": box}
     if annotation.get("segmentation") is not None:
@@ -376,9 +389,10 @@ def _polygon_problem(polygon: Any, image: Mapping[str, Any]) -> str:
     return "points as pairs" if _has_lists(polygon) else "coordinates that are not numbers"
   except OverflowError:  # an integer beyond float64
     finite = False
-  if not finite:
-    return "NaN or infinity"
-  return "" if _has_pixels(_bounded(polygon, image), image) else "no pixel in its image"
+  if not (finite and _is_finite(min(polygon)) and _is_finite(max(polygon))):
+    return "NaN or numbers beyond 1e15"
+  bounded = _bounded(polygon, image)
+  return "" if bounded and _has_pixels(bounded, image) else "no pixel in its image"
 
 
 def _has_pixels(polygon: list[float | int], image: Mapping[str, Any]) -> bool:
@@ -399,11 +413,23 @@ def _has_lists(polygon: Sequence[Any]) -> bool:
   return any(isinstance(point, list | dict) for point in polygon)
 
 
-_FAR = 10  # sides of the image at which vertices are clipped: rasterising costs an edge's length
+_FAR = 10  # sides of the image at which polygons are clipped: rasterising costs an edge's length
 
 
 def _bounded(polygon: list[float | int], image: Mapping[str, Any]) -> list[float | int]:
+  """Clips a polygon by Sutherland and Hodgman: moving its vertices would turn its edges."""
   limits = (_FAR * image["width"], _FAR * image["height"])
   if max(polygon) <= min(limits) and min(polygon) >= -min(limits):
     return polygon
-  return [min(max(value, -limits[i % 2]), limits[i % 2]) for i, value in enumerate(polygon)]
+  points = list(zip(polygon[::2], polygon[1::2], strict=True))
+  for axis, sign in itertools.product((0, 1), (1, -1)):
+    room = [limits[axis] - sign * point[axis] for point in points]  # negative outside
+    kept = []
+    for i, (x, y) in enumerate(points):
+      kept += [(x, y)] if room[i] >= 0 else []
+      j = (i + 1) % len(points)
+      if (room[i] < 0) != (room[j] < 0):
+        part = room[i] / (room[i] - room[j])
+        kept.append((x + part * (points[j][0] - x), y + part * (points[j][1] - y)))
+    points = kept
+  return list(itertools.chain(*points))
