@@ -8,6 +8,7 @@
     segmentation:/path            images with label maps, a class for every pixel
     pairs:/path                   images with references, for super-resolution
     hf:/path hf:user/name         a dataset of Hugging Face's `datasets`
+    wds:/path/train-{000..146}.tar   shards of WebDataset
     tfds:imagenet2012             a dataset prepared by `vit_jax_zoo.data.prepare`
     tfds:/path/to/prepared/1.0.0  the same by its folder; gs://bucket/... works as well
 
@@ -23,7 +24,7 @@ from vit_jax_zoo.data.sources.base import Source, select_split
 from vit_jax_zoo.errors import check_names, unknown_name
 from vit_jax_zoo.registry import Registry
 
-_MODULES = {k: k for k in ("coco", "demo", "folder", "hf", "pairs", "segmentation", "tfds")}
+_MODULES = {k: k for k in ("coco", "demo", "folder", "hf", "pairs", "segmentation", "tfds", "wds")}
 _MODULES |= {"csv": "csv_file", "segments": "segmentation"}  # segments: its old name
 KINDS = Registry("kind of source", {k: f"{__name__}.{m}:open_splits" for k, m in _MODULES.items()})
 

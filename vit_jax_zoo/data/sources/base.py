@@ -106,6 +106,12 @@ def file_path(folder: str, name: str) -> str:
   return next(filter(os.path.lexists, others), path)
 
 
+def cache_dir() -> pathlib.Path:
+  """Returns `$VIT_JAX_ZOO_CACHE`, or the folder `vit_jax_zoo` of the user's cache."""
+  default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vit_jax_zoo"
+  return pathlib.Path(os.environ.get("VIT_JAX_ZOO_CACHE", default)).expanduser()
+
+
 def missing_files(files: Sequence[Sequence[str]]) -> list[int]:
   """Returns the indices of examples that have a missing file; lists each folder once."""
   folders = {os.path.dirname(file) for example in files for file in example}

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Float32, Int, UInt8
 from PIL import Image
 
 from vit_jax_zoo.data.sources import tfds as tfds_source
-from vit_jax_zoo.data.sources.base import Splits
+from vit_jax_zoo.data.sources.base import Splits, cache_dir
 from vit_jax_zoo.errors import check_names
 
 PHOTOS = {
@@ -374,11 +374,6 @@ DEMOS = {
 }
 
 
-def _cache_dir() -> pathlib.Path:
-  base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vit_jax_zoo"
-  return pathlib.Path(os.environ.get("VIT_JAX_ZOO_CACHE", base)).expanduser()
-
-
 def open_splits(location: str, *, panoptic: bool = False) -> Splits:
   """Opens a demo by its name; prepares it at its first use.
 
@@ -386,7 +381,7 @@ def open_splits(location: str, *, panoptic: bool = False) -> Splits:
   or one without segments; OSError if the cache folder cannot be written.
   """
   check_names("demo", [location], DEMOS)
-  folder = _cache_dir() / "demos" / location / "1.0.0"
+  folder = cache_dir() / "demos" / location / "1.0.0"
   if not folder.is_dir():
     _prepare(location, folder)
   return tfds_source.open_folder(folder, f"demo:{location}", panoptic=panoptic)
@@ -398,7 +393,7 @@ def _prepare(name: str, folder: pathlib.Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.mkdtemp(dir=folder.parent, prefix=".preparing-")
   except OSError as error:
-    text = f"cache folder {_cache_dir()} cannot be written ({error.strerror})"
+    text = f"cache folder {cache_dir()} cannot be written ({error.strerror})"
     raise OSError(f"{text}; set VIT_JAX_ZOO_CACHE to another folder") from error
   demo = DEMOS[name]
   splits = {split: demo.records(split) for split in ("train", "test")}

@@ -1,0 +1,179 @@
+"""WebDataset shards on a local disk: images with classes in tar files, read by index.
+
+    wds:/path                               all *.tar files below a folder
+    wds:/path/train-{000..146}.tar          a brace pattern; {train,val} is one as well
+
+    a.jpg  a.cls   b/c.jpg  b/c.cls         `cls`: a class id, or a name
+    a.jpg  a.json                           `json`: {"label": id, name, or a list of several}
+
+As in the package `webdataset`, a sample is the successive files of one name up to its first dot,
+the rest are its keys. Shards are split by `train`, `test`, `val` and the like in their names, or
+those of their folders. Without a test set, a tenth of the samples is `test`, by a hash of their
+names; `fit` and `choose` are as in `folder:`. Samples keep their order.
+
+Each shard is indexed at its first use, in `<shard>.index.json` beside it, or in
+`$VIT_JAX_ZOO_CACHE` where that folder cannot be written; another size or time renews the index.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import re
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from vit_jax_zoo.data.images import suffixes
+from vit_jax_zoo.data.sources import base, folder
+
+_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # webdataset.tariterators.base_plus_ext
+_VERSION = 1  # of the index
+
+
+class WdsSource(folder.LabelledSource):
+  """Samples: name, label, shard, and the offset and length of the image in it."""
+
+  def _load(self, index: int) -> base.Example:
+    _, _, shard, offset, length = self._files[index]
+    try:
+      with open(shard, "rb") as file:
+        file.seek(offset)
+        return {"image": file.read(length)}
+    except OSError as error:
+      raise base.CorruptExampleError(f"{shard} cannot be read ({error.strerror})") from None
+
+  def example_name(self, index: int) -> str:
+    return "{2}: {0}".format(*self._files[index])
+
+
+def open_splits(
+  location: str,
+  image_key: str | None = None,  # default: one of an image's suffix, such as "jpg"
+  label_key: str | None = None,  # default: "cls", else "json"
+  label_field: str = "label",  # of a JSON object
+  class_names: Sequence[str] | str | None = None,  # in the order of their ids, or a text file
+) -> base.Splits:
+  """Indexes the shards: FileNotFoundError without, ValueError, with the sample, for a wrong one."""
+  name, found = f"wds:{location}", dict[str, folder.Labelled]()
+  shards = _find_shards(location)
+  splits = {_split_of(shard) for shard in shards}
+  if None in splits and len(splits) > 1:
+    unnamed = next(shard for shard in shards if _split_of(shard) is None)
+    raise ValueError(f"{name}: {unnamed} is not named after a split; expected train, test or val")
+  for shard in shards:
+    samples = _open_index(shard, image_key, label_key, label_field)
+    found.setdefault(_split_of(shard) or "train", []).extend(
+      (key, tuple(label) if isinstance(label, list) else label, shard, *place)
+      for key, label, *place in samples
+    )
+  encoded, count, names = folder.encode_labels(
+    found, class_names, lambda file: f"{file[2]}: {file[0]}: label"
+  )
+  info = base.DatasetInfo(name, 0, count, names)
+  return folder.hold_out_test(
+    {s: functools.partial(WdsSource, info, "", files) for s, files in encoded.items()}
+  )
+
+
+def expand_braces(pattern: str) -> list[str]:
+  """Returns the texts of a pattern with {000..146} and {a,b}, as a shell does."""
+  match = re.search(r"\{([^{}]*)\}", pattern)
+  if match is None:
+    return [pattern]
+  options = match[1].split(",")
+  if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+    numbers = range(int(bounds[1]), int(bounds[2]) + 1)
+    options = [str(number).zfill(len(bounds[1])) for number in numbers]
+  before, after = pattern[: match.start()], pattern[match.end() :]
+  return [text for option in options for text in expand_braces(before + option + after)]
+
+
+def _find_shards(location: str) -> list[str]:
+  path = os.path.expanduser(location)
+  if os.path.isdir(path):
+    shards = sorted(map(str, pathlib.Path(path).rglob("*.tar")))
+  else:
+    shards = expand_braces(path)
+  missing = [shard for shard in shards if not os.path.isfile(shard)] if shards else ["*.tar"]
+  if missing:
+    expected = "a folder of *.tar files or a brace pattern of them, on a local disk"
+    raise FileNotFoundError(f"wds:{location}: {missing[0]} is missing; expected {expected}")
+  return shards
+
+
+def _split_of(shard: str) -> str | None:
+  path = pathlib.Path(shard)
+  words = map(folder.split_of, re.findall("[a-z]+", path.stem.lower()))
+  return next(filter(None, words), folder.split_of(path.parent.name))
+
+
+def _open_index(
+  shard: str, image_key: str | None, label_key: str | None, label_field: str
+) -> list[list[Any]]:
+  """Returns name, label, offset and length of each sample; reads or writes the index."""
+  stat, file = os.stat(shard), pathlib.Path(f"{shard}.index.json")
+  version = [_VERSION, stat.st_size, stat.st_mtime_ns, image_key, label_key, label_field]
+  digest = hashlib.blake2b(os.fsencode(os.path.abspath(shard)), digest_size=8).hexdigest()
+  files = [file, base.cache_dir() / "wds" / f"{digest}.index.json"]
+  for file in files:
+    try:
+      content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+      continue
+    if isinstance(content, dict) and content.get("version") == version:
+      return content["samples"]
+  try:
+    with tarfile.open(shard, "r:") as tar:
+      samples = list(_read_samples(tar, shard, image_key, label_key, label_field))
+  except tarfile.TarError as error:
+    raise ValueError(f"{shard}: not a whole tar file ({error}); copy it again") from None
+  content = json.dumps({"version": version, "samples": samples})
+  for file in files:
+    try:
+      file.parent.mkdir(parents=True, exist_ok=True)
+      with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
+        temporary.write(content)
+      os.chmod(temporary.name, 0o644)
+      os.replace(temporary.name, file)
+      break
+    except OSError:  # a read-only folder
+      continue
+  return samples
+
+
+def _read_samples(
+  tar: tarfile.TarFile, shard: str, image_key: str | None, label_key: str | None, label_field: str
+) -> Iterator[list[Any]]:
+  files = tar.getmembers()
+  with open(shard, "rb") as stream:  # tarfile takes a damaged header for the end
+    stream.seek(tar.offset)
+    if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+      raise tarfile.ReadError(f"it ends at byte {tar.offset}")
+  named = ((match, member) for member in files if (match := _NAME.fullmatch(member.name)))
+  for name, group in itertools.groupby(named, key=lambda pair: pair[0][1]):
+    members = [(match[2].lower(), member) for match, member in group if member.isreg()]
+    found = dict(members)
+    pictures = [key for key in found if f".{key.rpartition('.')[2]}" in suffixes()]
+    image = image_key or min(pictures, key=lambda key: key.count("."), default="jpg")
+    label = label_key or ("json" if "json" in found and "cls" not in found else "cls")
+    if len(found) < len(members) or image not in found or label not in found:
+      keys = ", ".join(key for key, _ in members)
+      raise ValueError(f"{shard}: {name} has {keys}; expected one {image} and one {label}")
+    data = tar.extractfile(found[label])
+    value = _parse(data.read() if data else b"", label, label_field, f"{shard}: {name}.{label}")
+    yield [name, value, found[image].offset_data, found[image].size]
+
+
+def _parse(data: bytes, key: str, field: str, where: str) -> Any:
+  try:
+    if key.endswith("json"):
+      value = json.loads(data)
+      return value[field] if isinstance(value, dict) else value
+    text = data.decode().strip()
+  except (ValueError, KeyError) as error:
+    raise ValueError(f"{where}: no label ({error}); expected JSON with {field}, or text") from None
+  return int(text) if text.isdecimal() else text
