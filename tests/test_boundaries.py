@@ -24,7 +24,7 @@ SYSTEM_ATTRIBUTES = re.compile(
   r"clusters|num_colors|vgg|anchor_|roi_|rpn_|transferal|adversarial|residual_scale|lambda_|"
   r"pre_norm|fc_norm|proposals|mask_attention|prefix_fraction|cls_token|pre_logits|representation_size|neck_file"
 )
-EXCEPTIONS = re.compile(r"vit_jax_zoo|VIT_JAX_ZOO|configs/vit\.py|jax\._src\.clusters")
+EXCEPTIONS = re.compile(r"vit[_-]jax[_-]zoo|VIT_JAX_ZOO|configs/vit\.py|jax\._src\.clusters")
 
 
 def core_modules():

@@ -30,7 +30,7 @@ def main() -> None:
     print(__version__)  # noqa: T201
   elif name in ("--help", "-h", "help"):
     rows = "\n".join(f"  {command:10} {text}" for command, (_, text) in COMMANDS.items())
-    examples = (__doc__ or "").strip().partition("\n\n")[2].replace("vit-jax", "  vit-jax")
+    examples = (__doc__ or "").strip().partition("\n\n")[2].replace("vit-jax-zoo", "  vit-jax-zoo")
     usage = "usage: vit-jax-zoo <command> [--flag=value ...]"
     print(f"{usage}\n\ncommands:\n{rows}\n\nexamples:\n{examples}")  # noqa: T201
   elif name in COMMANDS:

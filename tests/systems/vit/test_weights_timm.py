@@ -326,7 +326,7 @@ def test_invalid_file_reports_all_errors(tmp_path, monkeypatch):
   monkeypatch.setattr(table, "_MAX_NAMED", 9)
   arrays = load_file(timm_file("vit_timm_a"))
   del arrays["norm.weight"]
-  arrays["blocks.0.ls1.gamma"] = np.zeros(48, np.float32)
+  arrays["blocks.0.extra.weight"] = np.zeros(48, np.float32)
   arrays["blocks.1.mlp.fc2.weight"] = np.zeros((48, 5), np.float32)
   arrays["blocks.2.attn.qkv.weight"] = np.zeros((3, 48), np.float32)
   save_file(arrays, tmp_path / "broken.safetensors")
@@ -334,7 +334,7 @@ def test_invalid_file_reports_all_errors(tmp_path, monkeypatch):
     load_pretrained(str(tmp_path / "broken.safetensors"), num_heads=4)
   message = str(info.value)
   assert "missing: norm/scale (48,) (norm.weight or fc_norm.weight)" in message
-  assert "unused: blocks.0.ls1.gamma (48,)" in message
+  assert "unused: blocks.0.extra.weight (48,)" in message
   assert "wrong shape: blocks.1.mlp.fc2.weight is (48, 5)" in message
   assert "wrong shape: blocks.2.attn.qkv.weight[value] is (1, 48)" in message
   assert "\n" not in message
