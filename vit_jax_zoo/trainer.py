@@ -26,7 +26,7 @@ from vit_jax_zoo.run_summary import log_summary
 from vit_jax_zoo.training import checkpoint, sharding
 from vit_jax_zoo.training.checkpoint import CHECKPOINTS, Checkpointer, restore_variables
 from vit_jax_zoo.training.compiled_steps import EvaluationProgram, Program
-from vit_jax_zoo.training.distributed import check_equal, is_primary
+from vit_jax_zoo.training.distributed import check_equal, check_equal_arrays, is_primary
 from vit_jax_zoo.training.evaluate import Evaluation, explain, score_predictions
 from vit_jax_zoo.training.feature_evaluation import probe_features
 from vit_jax_zoo.training.loop import (
@@ -82,12 +82,7 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
       return _evaluate_only(experiment, checkpointer)
 
 
-_FLAGS = (
-  "enable_x64",
-  "numpy_dtype_promotion",
-  "default_matmul_precision",
-  "default_prng_impl",
-)
+_FLAGS = ("enable_x64", "numpy_dtype_promotion", "default_matmul_precision", "default_prng_impl")
 
 
 def _run_settings(workdir: epath.Path, options: RunOptions) -> dict[str, Any]:
@@ -163,6 +158,7 @@ def _initial_state(
   """Returns the restored or initial state, and the batches used for it, which are trained on."""
   state, used = checkpointer.restore(program.abstract_state), [first]
   if state is not None:
+    check_equal_arrays(state.latest_variables)
     logging.info("resumed at step %d from %s", int(state.step), checkpointer.workdir)
     return state, used
 
@@ -193,6 +189,7 @@ def _evaluate_only(experiment: Experiment, checkpointer: Checkpointer) -> Outcom
     logging.info("evaluating step %d of %s", step, checkpointer.workdir)
     path = checkpointer.workdir / CHECKPOINTS / str(step)
     variables = restore_variables(path, program.abstract_variables, left_out=program.left_out)
+    check_equal_arrays(variables)
   params = variables["params"]
   others = {name: tree for name, tree in variables.items() if name != "params"}
   state = TrainState(step or 0, params, others, opt_state=(), ema=None, rng=None)

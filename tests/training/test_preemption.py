@@ -56,14 +56,17 @@ import sys, time
 import jax
 import numpy as np
 from vit_jax_zoo.training.checkpoint import Checkpointer, restore_variables
-from vit_jax_zoo.training.distributed import check_equal
+from vit_jax_zoo.training.distributed import check_equal, check_equal_arrays
 from vit_jax_zoo.training.loop import preemption_guard
 index, count, port, workdir = int(sys.argv[1]), 2, sys.argv[2], sys.argv[3]
 jax.distributed.initialize("localhost:" + port, count, index)
-try:
-  check_equal(lambda: {"seed": index})
-except ValueError as error:
-  print(error, flush=True)
+weights = {"head": {"bias": np.zeros(2, np.float32), "kernel": np.full(2, index, np.float32)}}
+for check in (lambda: check_equal(lambda: {"seed": index}), lambda: check_equal_arrays(weights)):
+  try:
+    check()
+  except ValueError as error:
+    print(error, flush=True)
+check_equal_arrays({"params": jax.numpy.ones(3)})
 with preemption_guard() as requested:
   for step in range(100000):
     if step == 3:
@@ -87,7 +90,7 @@ print("stopped at", step, flush=True)
 
 
 def run_and_terminate_the_first(workdir):
-  """Starts two processes, sends SIGTERM to the first; returns the first and last line of each."""
+  """Starts two processes, sends SIGTERM to the first; returns first lines and last of each."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -102,7 +105,7 @@ def run_and_terminate_the_first(workdir):
   try:
     # Gloo's log line comes first.
     lines = [list(iter(process.stdout.readline, "ready\n")) for process in processes]
-    differences = [line for (*_, line) in lines]
+    differences = [found[-2:] for found in lines]
     processes[0].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
@@ -116,8 +119,9 @@ def run_and_terminate_the_first(workdir):
 
 def test_two_processes_compare_settings_and_stop_at_same_step(tmp_path):
   differences, lasts = run_and_terminate_the_first(tmp_path)
-  for difference in differences:
-    assert difference.startswith("seed: 0 on process 0, 1 on process 1")
+  for setting, weights in differences:
+    assert setting.startswith("seed: 0 on process 0, 1 on process 1")
+    assert weights.startswith("checksum of head/kernel: ")
   assert len(set(lasts)) == 1, "all processes stop at the same step"
   (checkpoint,) = (tmp_path / "checkpoints").iterdir()
   assert lasts[0] == f"stopped at {checkpoint.name}"

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from vit_jax_zoo.tasks.base import Batch, Task, Variables
 from vit_jax_zoo.training import sharding
+from vit_jax_zoo.training.distributed import check_equal_arrays
 from vit_jax_zoo.training.evaluate import compile_predict_step
 from vit_jax_zoo.training.optim import Optimizer, create_optimizer
 from vit_jax_zoo.training.train_step import PredictStep, TrainState, create_state, make_train_step
@@ -44,7 +45,9 @@ class EvaluationProgram:
     variables = init(jax.random.split(jax.random.key(seed))[0])
     if pretrain is None:
       return variables
-    return jax.tree.map(_place, abstract, variables, pretrain(variables))
+    loaded = pretrain(variables)
+    check_equal_arrays(loaded)  # before sharding, after which processes may have different parts
+    return jax.tree.map(_place, abstract, variables, loaded)
 
 
 @dataclasses.dataclass(frozen=True)

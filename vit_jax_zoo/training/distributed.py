@@ -3,12 +3,14 @@
 import os
 import pickle
 import socket
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from absl import logging
+from flax import traverse_util
 from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
@@ -97,5 +99,12 @@ def check_equal(settings: Callable[[], Mapping[str, Any]]) -> None:
       if first.get(name) != other.get(name):
         raise ValueError(
           f"{name}: {first.get(name)} on process 0, {other.get(name)} on process {index}; "
-          "start all processes with the same command, code and data"
+          "start all processes with the same command, code, data and weight files"
         )
+
+
+def check_equal_arrays(variables: Mapping[str, Any]) -> None:
+  """Raises ValueError, on all processes, if arrays differ; those sharded over processes may."""
+  flat = traverse_util.flatten_dict(dict(variables), sep="/")
+  whole = [(k, x) for k, x in flat.items() if getattr(x, "is_fully_replicated", True)]
+  check_equal(lambda: {f"checksum of {k}": zlib.crc32(np.asarray(x).tobytes()) for k, x in whole})
