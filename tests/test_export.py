@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from safetensors.numpy import load_file
 
 from tests.conftest import golden_folder, system_module
@@ -147,6 +148,50 @@ def test_stablehlo_without_package(tmp_path):
   notes = json.loads((tmp_path / "model.json").read_text())
   assert notes["outputs"]["logits"] == ["b", "3", "float32"]
   assert notes["class_names"] == ["ant", "bee", "cat"]
+
+
+@pytest.fixture
+def run_export(monkeypatch):
+  """Returns a function that runs the command in this process."""
+
+  def run(**values):
+    found = flags.FlagValues()
+    with monkeypatch.context() as patch:
+      for name in ("DEFINE_string", "DEFINE_integer", "DEFINE_bool"):
+        patch.setattr(flags, name, functools.partial(getattr(flags, name), flag_values=found))
+      export.define_flags()
+    found(["export", *(f"--{name}={value}" for name, value in values.items())])
+    monkeypatch.setattr(export, "FLAGS", found)
+    return export.main(["export"])
+
+  return run
+
+
+def test_command_replaces_only_exports(run_export, tmp_path):
+  run, out, text = tmp_path / "run", tmp_path / "out", tmp_path / "names.txt"
+  export.write(tiny(), "orbax", str(run))
+  text.write_text("mine")
+  before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+  for output in (run, run / "..", text, tmp_path):
+    for form in ("safetensors-timm", "npz", "orbax"):
+      with pytest.raises(ValueError, match=r"^--output="):
+        run_export(model=run, format=form, output=output)
+  assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+  assert text.read_text() == "mine"
+  assert len(list(tmp_path.iterdir())) == 2
+  for _ in range(2):  # an export may be replaced
+    assert run_export(model=run, format="safetensors-timm", output=out) == 0
+    assert run_export(model=run, format="npz", output=tmp_path / "a.npz") == 0
+  with pytest.raises(ValueError, match=r"^--output="):
+    run_export(model=out, format="safetensors-timm", output=out)
+
+
+def test_folder_of_another_model_as_run_raises(tmp_path):
+  run = tmp_path / "run"
+  export.write(tiny(), "orbax", str(run))
+  (run / "config.json").write_text('{"architectures": ["ViTForImageClassification"]}')
+  with pytest.raises(ValueError, match=r"config\.json: no field 'model'"):
+    load(str(run))
 
 
 def test_stablehlo_not_offered_for_ttsr():

@@ -72,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
   if repository and output.is_dir() and any(output.iterdir()):
     wrong = f"--output: {output} has files; expected a new folder"
     raise ValueError(f"{wrong}, all of which --push_to_hub uploads")
+  _check_output(epath.Path(FLAGS.model), output)
   pretrained = load_pretrained(FLAGS.model, **size)
   write(pretrained, FLAGS.format, FLAGS.output, **options)
   card = model_card.write(output, FLAGS.format, FLAGS.model, pretrained, FLAGS.license, repository)
@@ -79,6 +80,17 @@ def main(argv: Sequence[str]) -> int:
   if repository:
     logging.info("uploaded: %s", hub.push(repository, output, card))
   return 0
+
+
+def _check_output(model: epath.Path, output: epath.Path) -> None:
+  """Raises ValueError if the output holds the model, or files of which there is no model card."""
+  source, advice = model.expanduser().resolve(), "use another folder or file"
+  if model.exists() and output.resolve() in (source, *source.parents):
+    raise ValueError(f"--output={output}: holds --model={model}; {advice}")
+  card = output / "README.md" if output.is_dir() else output.with_suffix(".md")
+  is_export = card.exists() and model_card.MADE_BY.encode() in card.read_bytes()
+  if output.exists() and not is_export and (not output.is_dir() or any(output.iterdir())):
+    raise ValueError(f"--output={output}: holds what is no export, as it has no {card}; {advice}")
 
 
 PROGRAMS = {"stablehlo": write_stablehlo, "onnx": write_onnx}

@@ -79,6 +79,9 @@ def load_run(workdir: epath.Path) -> tuple[dict[str, Any], RunData]:
   config = _read(workdir / CONFIG_FILE)
   if config is None:
     raise FileNotFoundError(f"{workdir}: no {CONFIG_FILE}; expected the folder of a run")
+  for section in ("model", "task", "data", "checkpoint"):
+    if not isinstance(config.get(section), dict):
+      raise ValueError(f"{workdir / CONFIG_FILE}: no field {section!r}; expected a run's config")
   return rename_fields(config), load_data(workdir)
 
 
@@ -139,7 +142,7 @@ def _write(content: Any, file: epath.Path) -> None:
 
 def _read(file: epath.Path) -> Any:
   try:
-    found = json.loads(file.read_text()) if file.exists() else None
+    found = json.loads(file.read_text()) if file.is_file() else None  # a FIFO would block
     if not isinstance(found, dict | None):
       raise ValueError(f"a {type(found).__name__}; expected an object")
   except (ValueError, RecursionError) as error:
