@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 from jax.extend.core import jaxpr_as_fun
 
@@ -56,6 +57,8 @@ def make_program(
     "in_program" if with_preprocessing else "steps": preprocessing_steps(pretrained),
   }
   if is_detector:
+    for note in padding_notes(pretrained):
+      logging.warning("%s", note)
     notes["boxes_xyxy"] = f"in pixels of the {'given' if with_preprocessing else 'resized'} image"
   if is_detector and not with_preprocessing:
     arguments["image_size"] = jax.ShapeDtypeStruct((shape[0], 2), jnp.int32)
@@ -135,7 +138,7 @@ def program_size(pretrained: Pretrained) -> tuple[int, int]:
   if preprocess.pad_size:
     return preprocess.pad_size
   if preprocess.fit == "shorter_side" and preprocess.max_side:
-    side = -(-preprocess.max_side // 32) * 32  # rounding may exceed `max_side`
+    side = -(-(preprocess.max_side + 8) // 32) * 32  # rounding adds up to half the aspect ratio
     return side, side
   height, width = pretrained.config.get("image_size") or preprocess.image_size
   return height, width
@@ -146,7 +149,8 @@ def preprocessing_steps(pretrained: Pretrained) -> list[str]:
   preprocess = pretrained.preprocess
   is_detector = bool(pretrained.task) and tasks()[pretrained.task].predicts_boxes
   (height, width), (rows, columns) = preprocess.image_size, preprocess.uncropped_size
-  limit = f", the longer at most {preprocess.max_side}" if preprocess.max_side else ""
+  most = f", the longer at most {preprocess.max_side} before rounding"
+  limit = most if preprocess.max_side else ""
   crop = f" and crop the centre, {height} x {width}"
   goal = f"the shorter side to {rows}" if rows == columns else f"to cover {rows} x {columns}"
   resize = {
@@ -162,9 +166,18 @@ def preprocessing_steps(pretrained: Pretrained) -> list[str]:
   steps = [f"{resize}, with {filters.get(name, f'the {name} filter of {library}')}"]
   if is_detector:
     padded = " x ".join(map(str, program_size(pretrained)))
-    steps.append(f"pad at the right and bottom to {padded}, with any value")
+    steps.append(f"pad at the right and bottom to {padded}, with any value; crop what exceeds it")
+    steps += padding_notes(pretrained)
   numbers = f"minus mean {preprocess.means}, divided by std {preprocess.stds}"
   return [*steps, f"in the program: image / 255, {numbers}"]
+
+
+def padding_notes(pretrained: Pretrained) -> list[str]:
+  """Returns how a program's results depend on its padding, which differs from `predict`'s."""
+  outputs = task_of(pretrained).padding_dependent
+  if pretrained.preprocess.pad_size or not outputs:
+    return []
+  return [f"the amount of padding changes {outputs}: the command predict pads less and differs"]
 
 
 def _preprocessed(function: Any, pretrained: Pretrained, *, is_detector: bool) -> Any:

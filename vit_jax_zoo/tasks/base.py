@@ -156,6 +156,11 @@ class Task(abc.ABC):
     """Returns a task whose predictions do not depend on padding, for exported programs."""
     return self
 
+  @property
+  def padding_dependent(self) -> str:
+    """Predictions that still depend on the amount of padding, and why; "" if none does."""
+    return ""
+
   @abc.abstractmethod
   def evaluator(self) -> Evaluator:
     """Returns an empty evaluator."""

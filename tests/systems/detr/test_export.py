@@ -1,5 +1,6 @@
 """Exports of DETR as orbax, hf and StableHLO: preprocessing and detections."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,9 +11,10 @@ from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
 from vit_jax_zoo.inference.load import load
+from vit_jax_zoo.inference.programs import make_program, padding_notes, program_size
 from vit_jax_zoo.systems.detr.model import Detr
 from vit_jax_zoo.systems.detr.weights_hf import read_preprocess
-from vit_jax_zoo.weights import Pretrained
+from vit_jax_zoo.weights import Preprocess, Pretrained
 
 NAMES = ("N/A", "cat", "dog", "cow")
 PROCESSORS = {
@@ -86,6 +88,27 @@ def test_exports_detect_same_boxes(name, tmp_path):
   clipped = np.clip(np.stack([left, top, right, bottom]), 0, np.array([[50], [100], [50], [100]]))
   corners = np.stack([clipped[0], clipped[1], clipped[2] - clipped[0], clipped[3] - clipped[1]])
   np.testing.assert_allclose(corners.T, boxes, atol=1e-2)
+
+
+@pytest.mark.parametrize("longest", [96, 640, 1333])
+@pytest.mark.parametrize("rounding", ["side", "ratio", "floor"])
+def test_program_holds_every_resized_image(longest, rounding):
+  preprocess = Preprocess((64, 64), fit="shorter_side", max_side=longest, rounding=rounding)
+  side, _ = program_size(dataclasses.replace(detector(), preprocess=preprocess))
+  sizes = [(short, long) for short in range(1, 60) for long in range(short, 16 * short + 1, 7)]
+  assert max(max(preprocess.resized_size(*size)) for size in sizes) <= side < longest + 40
+
+
+def test_program_states_that_masks_depend_on_padding(caplog):
+  made = detector()
+  assert not padding_notes(made)
+  masked = dataclasses.replace(made, model=made.model.clone(mask_head=True))
+  with caplog.at_level("WARNING"):
+    _, _, notes = make_program(masked)
+  assert "mask_logits" in caplog.text
+  assert any("mask_logits" in step for step in notes["steps"])
+  padded = dataclasses.replace(masked, preprocess=detector("max_height").preprocess)
+  assert not padding_notes(padded)  # predict pads as the program
 
 
 def write_run(path, transforms, **task):

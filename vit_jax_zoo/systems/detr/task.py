@@ -179,6 +179,10 @@ class Detection(base.Task):
   def padding_invariant(self) -> "Detection":
     return dataclasses.replace(self, model=self.model.clone(masked_backbone=True))
 
+  @property
+  def padding_dependent(self) -> str:
+    return "mask_logits (by the mask head's group norms)" if self.model.mask_head else ""
+
   def evaluator(self) -> DetectionEvaluator:
     if self.stuff_from is not None and not self.model.mask_head:
       raise ValueError("stuff_from: panoptic quality needs masks; set model.mask_head=True")

@@ -107,6 +107,10 @@ class InstanceDetection(base.Task):
     return "box_ap"
 
   @property
+  def padding_dependent(self) -> str:
+    return "all outputs a little (by convolutions across the border, as in torchvision)"
+
+  @property
   def paste_convention(self) -> str:
     return self.mask_paste or self.model.convention_details.mask_paste
 
