@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import tracemalloc
 import zipfile
@@ -402,3 +403,12 @@ def test_damaged_npz_raises(tmp_path):
   path.write_bytes(data)
   with pytest.raises(WeightsError, match=r"a\.npz"):
     readers.read_published(str(path))
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.npz", "a.index", "model.safetensors"])
+def test_fifo_raises(tmp_path, name):
+  """Opening a FIFO would block."""
+  os.mkfifo(tmp_path / name)
+  for path in (tmp_path / name, *([tmp_path] if "model" in name else [])):
+    with pytest.raises(WeightsError, match=rf"{name}.*not a regular file"):
+      readers.read_published(str(path))

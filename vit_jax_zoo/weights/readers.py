@@ -102,7 +102,7 @@ def read_published(path: str) -> Published:
 
 def read_json(file: epath.Path) -> dict[str, Any]:
   """Returns the object in a JSON file; an empty one if the file does not exist."""
-  if not file.exists():
+  if not file.is_file():
     return {}
   try:
     found = json.loads(file.read_bytes())  # with a byte order mark or without
@@ -147,6 +147,8 @@ def _read_shards(index: epath.Path) -> Flat:
 
 def _read_file(file: epath.Path, path: str) -> Flat:
   """Reads a file in the format that its content shows; file names are not reliable."""
+  if not file.is_file():
+    raise WeightsError(f"{path}: not a regular file; expected a checkpoint")  # a FIFO blocks
   try:
     with file.open("rb") as stream:
       start = stream.read(16)

@@ -40,7 +40,7 @@ def find_prefix(path: str) -> str | None:
     files = [file for file in location.iterdir() if file.suffix == ".index" and file.is_file()]
     return max((str(file).removesuffix(".index") for file in files), key=_step, default=None)
   prefix = path.removesuffix(".index")
-  return prefix if epath.Path(f"{prefix}.index").exists() else None
+  return prefix if epath.Path(f"{prefix}.index").is_file() else None
 
 
 def _step(prefix: str) -> int:

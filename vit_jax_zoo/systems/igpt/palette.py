@@ -83,7 +83,7 @@ def encode(
 def read_palette(path: str) -> Float32[np.ndarray, "k 3"]:
   """Reads a palette: OpenAI's `kmeans_centers.npy`, or `clusters` in HF's processor's JSON."""
   file = epath.Path(path)
-  if not file.exists():
+  if not file.is_file():
     raise FileNotFoundError(f"{path}: no such file. Leave the palette out to fit one to the images")
   if file.suffix == ".json":
     fields = read_json(file)
