@@ -73,3 +73,10 @@ def test_rollout_jit_equals_eager():
   np.testing.assert_allclose(
     jax.jit(attention_rollout)(weights), attention_rollout(weights), rtol=1e-6
   )
+
+
+def test_maps_with_x64_and_strict_promotion():
+  weights = random_maps(2, 1, 2, 5, 5)
+  with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+    found = attention_rollout(weights), attention_distances(weights, (2, 2), patch_size=4)
+  assert {array.dtype.name for array in found} == {"float32"}

@@ -81,7 +81,7 @@ def attention_rollout(
   connection.
   """
   maps = jnp.asarray(weights, jnp.float32)
-  mixed = 0.5 * maps.mean(axis=2) + 0.5 * jnp.eye(maps.shape[-1])[None, None]
+  mixed = 0.5 * maps.mean(axis=2) + 0.5 * jnp.eye(maps.shape[-1], dtype=maps.dtype)[None, None]
   total = mixed[0]
   for layer in mixed[1:]:
     total = jnp.matmul(layer, total, precision="highest")
