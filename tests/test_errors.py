@@ -12,6 +12,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from absl import logging as absl_logging
 from etils import epath
 
@@ -436,3 +437,39 @@ def test_default_workdir():
   assert main.default_workdir("configs/vit.py") == "runs/vit_demo"
   name = main.default_workdir("configs/vit.py:b16_imagenet,image_size=384")
   assert name == "runs/vit_b16_imagenet_image_size_384"
+
+
+@pytest.mark.parametrize(
+  ("text", "wrong"),
+  [
+    ("get_config = 3", "get_config"),
+    ("import nothere", "ModuleNotFoundError: .*nothere"),
+    ("def get_config(): return 1 / 0", "ZeroDivisionError"),
+    ("def get_config(): return int('x')", "'x'"),
+    ("def get_config(): pass", "NoneType"),
+    ("def get_config(:", "SyntaxError"),
+  ],
+)
+def test_errors_of_config_file_name_it(tmp_path, text, wrong):
+  (tmp_path / "mine.py").write_text(text)
+  with pytest.raises(ValueError, match=f"^--config={tmp_path}/mine.py: .*{wrong}"):
+    config_lib.load(f"{tmp_path}/mine.py")
+
+
+def test_override_of_list_item_raises():
+  with pytest.raises(ValueError, match=r"transforms\.0\.size: transforms is no section"):
+    config_lib.load("configs/vit.py", ["--config.data.train.transforms.0.size=20"])
+
+
+def test_file_error_names_flag(tmp_path, monkeypatch, capsys):
+  values = flags.FlagValues()
+  flags.DEFINE_string("output", None, "", flag_values=values)
+  values(["", f"--output={tmp_path}/nowhere"])
+  monkeypatch.setattr(cli.flags, "FLAGS", values)
+  for file in ("nowhere", "nowhere/a.npz", "other"):
+    with pytest.raises(SystemExit), cli.one_line_errors(show_traceback=False):
+      (tmp_path / file).read_text()
+  first, second, third = capsys.readouterr().err.splitlines()
+  assert first.startswith("error: --output: ")
+  assert second.startswith("error: --output: ")
+  assert "--output" not in third

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging as python_logging
+import pathlib
 import signal
 import sys
 import textwrap
@@ -59,11 +60,20 @@ def one_line_errors(*, show_traceback: bool) -> Iterator[None]:
     if show_traceback:
       traceback.print_exc()
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    text = one_line(str(message))
+    text = one_line(f"{_flag_of(error)}{message}")
     if disk_errors.is_full(error):
       text += "; free disk space and run the same command again"
     print(f"error: {text}", file=sys.stderr)  # noqa: T201
     raise SystemExit(EXIT_ERROR) from None
+
+
+def _flag_of(error: Exception) -> str:
+  """Returns "--flag: " if an error's file is in the file or folder of a flag, else ""."""
+  if not (file := getattr(error, "filename", None)) or not flags.FLAGS.is_parsed():
+    return ""
+  file, values = pathlib.Path(str(file)).absolute(), flags.FLAGS.flag_values_dict()
+  paths = {k: pathlib.Path(x).absolute() for k, x in values.items() if isinstance(x, str) and x}
+  return next((f"--{k}: " for k, x in paths.items() if x in (file, *file.parents)), "")
 
 
 def run(

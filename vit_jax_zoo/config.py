@@ -1,6 +1,7 @@
 """Loads configs, fills in defaults, applies command-line overrides, and checks field names."""
 
 import ast
+import contextlib
 import difflib
 import fnmatch
 import functools
@@ -8,7 +9,7 @@ import importlib.util
 import operator
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags, logging
@@ -140,8 +141,11 @@ def load(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
   """
   name, _, choice = argument.partition(":")
   module = _import_config(name, _find_config(name))
-  config = complete(module.get_config(choice) if choice else module.get_config())
-  return apply_overrides(config, overrides)
+  with _errors_of(name):
+    config = module.get_config(choice) if choice else module.get_config()
+    if not isinstance(config, ConfigDict):
+      raise ValueError(f"get_config returned a {type(config).__name__}; expected a ConfigDict")
+  return apply_overrides(complete(config), overrides)
 
 
 def list_configs() -> list[str]:
@@ -160,13 +164,22 @@ def _import_config(name: str, path: pathlib.Path) -> Any:
   if spec is None or spec.loader is None:
     raise ValueError(f"--config={name}: not a Python file; expected configs/<system>.py")
   module = importlib.util.module_from_spec(spec)
-  try:
+  with _errors_of(name):
     spec.loader.exec_module(module)
-  except (SyntaxError, NameError) as error:
-    raise ValueError(f"--config={name}: {type(error).__name__}: {error}") from error
-  if not hasattr(module, "get_config"):
+  if not callable(getattr(module, "get_config", None)):
     raise ValueError(f"--config={name}: defines no get_config(arg); see configs/vit.py")
   return module
+
+
+@contextlib.contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+  try:
+    yield
+  except OSError:  # names its file
+    raise
+  except Exception as error:  # of any class: it is the user's code
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    raise ValueError(f"--config={name}: {kind}{error}") from error
 
 
 def complete(config: ConfigDict) -> ConfigDict:
@@ -240,7 +253,9 @@ def _prepare(config: ConfigDict, path: str, text: str) -> None:
   for parent in parents:
     if not isinstance(section.get(parent), ConfigDict):
       known = [name for name in section if isinstance(section[name], ConfigDict)]
-      raise ValueError(unknown_name(f"section of {_dotted(above)}", parent, known))
+      wrong = f"--config.{path}: {parent} is no section; set all of it, --config.{above}{parent}="
+      unknown = unknown_name(f"section of {_dotted(above)}", parent, known)
+      raise ValueError(wrong if parent in section else unknown)
     section, above = section[parent], f"{above}{parent}."
   if isinstance(section.get(key), ConfigDict):
     fields = ", ".join(f"--config.{path}.{name}" for name in section[key])
