@@ -1,5 +1,6 @@
 """`zoo.predictor`: kinds of images, batches, typed results."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import vit_jax_zoo as zoo
 from tests.configs.recipes import CASES
 from tests.systems.detr.files import official_file
 from vit_jax_zoo.inference import base, create_predictor
+from vit_jax_zoo.inference.base import Options
 from vit_jax_zoo.inference.load import load
 
 
@@ -107,3 +109,22 @@ def test_package_shows_its_names_without_importing_jax():
     "assert not missing, missing"
   )
   subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+@pytest.mark.parametrize(
+  ("rows", "columns"), [((0, 100), (0, 150)), ((10, 90), (40, 120)), ((3, 43), (0, 150))]
+)
+def test_attention_is_drawn_over_the_part_seen_at_its_own_size(vit_run, rows, columns):
+  trained = load(str(vit_run))
+
+  def crop(image):
+    return trained.prepare(image[slice(*rows), slice(*columns)])
+
+  predictor = create_predictor(dataclasses.replace(trained, prepare=crop), Options(explain=True))
+  y, x = np.indices((100, 150), np.uint8)
+  photo = np.stack([y, x, x], axis=-1)  # a pixel tells where it is
+  shown = np.asarray(predictor(photo).pictures["attention"].axes[0].images[0].get_array())
+  corners = shown[0, 0, :2], shown[-1, -1, :2]
+  np.testing.assert_allclose(
+    corners, [(rows[0], columns[0]), (rows[1] - 1, columns[1] - 1)], atol=3
+  )

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt8
 from scipy.special import expit, softmax
 
 from vit_jax_zoo.errors import name_of
@@ -54,13 +55,30 @@ class ClassificationPredictor(Predictor):
       pictures: dict[str, Picture] = {"": draw_ranking(image, shown, scores)}
       if explained is None:
         return pictures
-      explanation = self._explain(self._trained.variables, {"image": explained})
-      drawn = self._task.draw_explanation(jax.device_get(explanation))
+      found = jax.device_get(self._explain(self._trained.variables, {"image": explained}))
+      drawn = self._task.draw_explanation({**found, "image": self._seen(image)[None]})
       of_model = {f"model_{name}": picture for name, picture in drawn.model.items()}
       return {**pictures, **drawn.images, **of_model}
 
     return Result({"top": top}, draw, summary, labels, scores)
 
+  def _seen(self, image: Image) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Returns the part of an image that `prepare` keeps, which may crop, at its own size."""
+    height, width = image.shape[:2]
+    x, y = np.linspace(0, 255, width), np.linspace(0, 255, height)  # prepared, they tell the part
+    ramps = np.stack(np.broadcast_arrays(x[None], y[:, None], 0.0), axis=-1)
+    prepared = np.asarray(self.prepare(np.rint(ramps).astype(np.uint8))["image"], np.float64) / 255
+    rows = _part(prepared[..., 1].mean(axis=1), height)
+    return image[rows, _part(prepared[..., 0].mean(axis=0), width)]
+
   def _compute_logits(self, variables: Any, image: Any) -> Any:
     images = normalize_images(jnp.asarray(image), self._task.image_mean, self._task.image_std)
     return self._task.model.apply(variables, images, train=False)["logits"]
+
+
+def _part(positions: np.ndarray, length: int) -> slice:
+  """Returns the pixels of a side whose centres were resized to `positions`, in [0, 1]."""
+  first, last = positions[0] * (length - 1), positions[-1] * (length - 1)
+  half = (last - first) / max(len(positions) - 1, 1) / 2
+  start = min(max(round(first - half + 0.5), 0), length - 1)
+  return slice(start, max(round(last + half + 0.5), start + 1))
