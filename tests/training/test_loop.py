@@ -405,6 +405,25 @@ def test_figures_of_first_batch_with_real_rows(monkeypatch, real):
   assert set(report.figures) == ({"first"} if real else set())
 
 
+def test_failing_figures_keep_scores(tmp_path, monkeypatch, caplog):
+  """A figure that cannot be made, or cannot be rendered, costs neither scores nor the best."""
+
+  def figures(*_):
+    figure = Figure()
+    figure.add_subplot().plot([0, 1])
+    monkeypatch.setattr(figure, "draw", None)
+    return {"unrendered": figure}
+
+  task = type(make_program().task)
+  monkeypatch.setattr(task, "figures", lambda *_: 1 / 0)
+  monkeypatch.setattr(task, "score_figures", figures)
+  assert train(tmp_path).finished
+  assert [row["step"] for row in rows(tmp_path) if "held_out/score" in row] == [4, 8, 12]
+  assert list((tmp_path / "best").iterdir())
+  assert "evaluation 'held_out': no figures: ZeroDivisionError" in caplog.text
+  assert "figure held_out_unrendered cannot be drawn" in caplog.text
+
+
 def test_evaluation_reports_skipped_images():
   class Lossy(list):
     num_skipped = 3

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.metrics.base import real_rows
-from vit_jax_zoo.tasks.base import NoExplanation, Task, Variables
+from vit_jax_zoo.tasks.base import Task, Variables
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.distributed import all_gather_objects, is_primary
 from vit_jax_zoo.training.train_step import PredictStep
@@ -48,24 +48,33 @@ def score_predictions(
   metrics: Sequence[str] = (),
 ) -> Report:
   """Returns a split's scores (of `metrics`, or all), "skipped_images" if any, and figures."""
-  evaluator, figures, data = task.evaluator(), {}, batches()
+  evaluator, figures, data = task.evaluator(), dict[str, Figure](), batches()
   pairs = predict_batches(predict_step, variables, data, mesh, name, len(data))
   for index, (batch, predictions) in enumerate(pairs):
     evaluator.add(batch, predictions)
     if index == 0 and is_primary() and np.any(batch.get("mask", True)):
-      figures = task.figures(batch, predictions)
+      figures = draw(name, task.figures, batch, predictions)
   skipped = getattr(data, "num_skipped", 0)
   (first, *others), counts = zip(*gather_parts((evaluator, skipped), mesh), strict=True)
   for other in others:
     first.merge(other)
   if is_primary():
-    figures = {**figures, **task.score_figures(first)}
+    figures |= draw(name, task.score_figures, first)
   scores = first.result()
   if metrics:
     scores = {k: v for k, v in scores.items() if k.partition("/")[0] in metrics}
   if any(counts):
     scores["skipped_images"] = float(sum(counts))
   return Report(scores, figures)
+
+
+def draw(name: str, figures: Callable[..., dict[str, Figure]], *args: Any) -> dict[str, Figure]:
+  """Returns `figures(*args)` of an evaluation; none, with a warning, if they cannot be drawn."""
+  try:
+    return figures(*args)
+  except Exception as error:  # scores and training are worth more than any figure
+    logging.warning("evaluation %r: no figures: %s: %s", name, type(error).__name__, error)
+    return {}
 
 
 def explain(
@@ -83,12 +92,12 @@ def explain(
     batch = {key: value[np.resize(real, len(value))] for key, value in batch.items()}
   try:
     explanation = explain_step(variables, sharding.to_global(batch, mesh))
-  except NoExplanation as error:
+    if not is_primary():
+      return Report({})
+    explained = task.draw_explanation(jax.device_get(explanation))
+  except Exception as error:  # `NoExplanation`, or as in `draw`
     logging.warning("explain: %s; set explain=False", error)
     return Report({})
-  if not is_primary():
-    return Report({})
-  explained = task.draw_explanation(jax.device_get(explanation))
   model = {f"model_{name}": figure for name, figure in explained.model.items()}
   return Report({}, {**explained.images, **model})
 

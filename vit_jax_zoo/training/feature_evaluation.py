@@ -1,5 +1,6 @@
 """Evaluation of frozen features: fits a probe to each layer and scores it."""
 
+import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -10,7 +11,7 @@ from vit_jax_zoo.figures.curves import draw_probe
 from vit_jax_zoo.metrics import feature_probes
 from vit_jax_zoo.metrics.feature_probes import FeatureProbe, FeatureScore, Labelled
 from vit_jax_zoo.tasks.base import Variables
-from vit_jax_zoo.training.evaluate import Report, SizedBatches, gather_parts, predict_batches
+from vit_jax_zoo.training.evaluate import Report, SizedBatches, draw, gather_parts, predict_batches
 from vit_jax_zoo.training.train_step import PredictStep
 
 
@@ -49,7 +50,8 @@ def report(results: dict[str, FeatureScore], title: str) -> Report:
   scores |= accuracies | {"best_layer": float(index)}
   references = [(name, value) for name, value in accuracies.items() if name not in layers]
   curve = [accuracies[name] for name in layers]
-  return Report(scores, {"depth": draw_probe(curve, index, references, title=f"{title} by depth")})
+  figure = functools.partial(draw_probe, title=f"{title} by depth")
+  return Report(scores, draw(title, lambda: {"depth": figure(curve, index, references)}))
 
 
 def collect_features(

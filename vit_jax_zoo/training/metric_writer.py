@@ -20,7 +20,7 @@ import pathlib
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,10 +117,8 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
     self, step: int, figures: Mapping[str, Figure], best_step: int | None = None
   ) -> None:
     """Writes figures, by name, and closes them; removes those of steps before, but the best."""
-    for name, figure in figures.items():
-      if self._enabled:  # drawn here: matplotlib is not thread-safe
-        self._submit(self._write_image, step, name, render(figure), best_step)
-      plt.close(figure)
+    for name, pixels in _render_each(figures):  # here: matplotlib is not thread-safe
+      self._submit(self._write_image, step, name, pixels, best_step)
 
   def write_config(self, config: Mapping[str, Any]) -> None:
     """Writes the config: as text, and nested fields as "optimizer.learning_rate"."""
@@ -245,11 +243,20 @@ class _Bucket:
 
 def save_figures(workdir: str | os.PathLike[str], step: int, figures: Mapping[str, Figure]) -> None:
   """Writes figures to a run's directory."""
-  for name, figure in figures.items():
+  for name, pixels in _render_each(figures):
     path = _figure_path(workdir, step, name)
     with disk_errors.explained(f"{path} cannot be written"):
-      _save_image(path, render(figure))
-    plt.close(figure)
+      _save_image(path, pixels)
+
+
+def _render_each(figures: Mapping[str, Figure]) -> Iterator[tuple[str, np.ndarray]]:
+  for name, figure in figures.items():
+    try:
+      yield name, render(figure)
+    except Exception as error:  # scores and training are worth more than any figure
+      logging.warning("figure %s cannot be drawn: %s: %s", name, type(error).__name__, error)
+    finally:
+      plt.close(figure)
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
