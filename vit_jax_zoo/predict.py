@@ -25,7 +25,7 @@ from PIL import Image
 
 from vit_jax_zoo import cli
 from vit_jax_zoo.data.sources.base import CorruptExampleError
-from vit_jax_zoo.data.sources.folder import list_images, log_ignored, read_class_names
+from vit_jax_zoo.data.sources.folder import list_images, log_ignored
 from vit_jax_zoo.errors import escape_surrogates, one_line
 from vit_jax_zoo.figures.canvas import render
 from vit_jax_zoo.inference import video
@@ -69,12 +69,12 @@ def main(argv: Sequence[str]) -> int:
   if videos and (len(sources) > 1 or FLAGS.coco_ids):
     raise ValueError(f"--images={videos[0]}: expected no other image, video or --coco_ids")
   paths = [] if videos else find_images(sources)
-  given = [option for option in list_options() if FLAGS[option.name].present]
-  options = {option.name: FLAGS[option.name].value for option in given}
+  names = (option.name for option in list_options())
+  options = {name: FLAGS[name].value for name in names if FLAGS[name].present}
   truth = GroundTruth(pathlib.Path(FLAGS.coco_ids), paths) if FLAGS.coco_ids else None
-  names = read_class_names(FLAGS.class_names)
-  model = predictor(FLAGS.model, batch_size=FLAGS.batch_size, class_names=names, **options)
-  model.workers, output = FLAGS.workers, pathlib.Path(FLAGS.output)
+  options |= {"batch_size": FLAGS.batch_size, "class_names": FLAGS.class_names}
+  model, output = predictor(FLAGS.model, **options), pathlib.Path(FLAGS.output)
+  model.workers = FLAGS.workers
   writing = {"figures": not FLAGS.no_figures, "form": FLAGS.format}
   if videos:
     return predict_video(model, videos[0], output, **writing)
@@ -177,7 +177,8 @@ class Records:
     _check_outputs(output, truth)
     self._output, self._result = output, output / f"predictions.{form}"
     _mark(output, (self._result.name, RECORDS))
-    (output / RECORDS).unlink(missing_ok=True)
+    for name in (*RESULTS, RECORDS, *FILES):  # of an earlier run
+      (output / name).unlink(missing_ok=True)
     self._records: list[dict[str, Any]] = []
     self._rows: list[Sequence[Any]] = [COLUMNS]
     self._failed = 0
@@ -198,7 +199,9 @@ class Records:
       print(one_line(shown), one_line(result.summary), sep="  ")  # noqa: T201
       boxes = [[""] * 4] if result.boxes is None else result.boxes.tolist()
       found = zip(result.labels, result.scores, boxes, strict=False)
-      self._rows += [[*row, label, score, *box, ""] for label, score, box in found] or [row]
+      self._rows += [[*row, label, score, *box, ""] for label, score, box in found] or [
+        [*row, *[""] * 7]
+      ]
     self._records.append(record)
     with (self._output / RECORDS).open("a") as stream:
       stream.write(json.dumps(record) + "\n")

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from vit_jax_zoo import weights
+from vit_jax_zoo.data.sources.folder import read_class_names
 from vit_jax_zoo.data.transforms import Transform, build_transforms
 from vit_jax_zoo.data.transforms.detection import ResizeShorter
 from vit_jax_zoo.data.transforms.image import CentralCrop, Resize, ResizeSmall, height_width
@@ -54,16 +55,21 @@ def load_pretrained(path: str, **options: Any) -> Pretrained:
 
 
 def load(
-  path: str, *, class_names: Sequence[str] = (), needs_head: bool = True, **options: Any
+  path: str,
+  *,
+  class_names: Sequence[str] | str | None = None,
+  needs_head: bool = True,
+  **options: Any,
 ) -> Trained:
   """Loads a model with its task and preprocessing; see `load_pretrained`.
 
-  `class_names` are in order, for files without them (ValueError for another number than the
-  classes). Files without a classifier raise ValueError if `needs_head`.
+  `class_names` are in order, or a text file of them, for files without names (ValueError for
+  another number than the classes). Files without a classifier raise ValueError if `needs_head`.
   """
+  named = {"class_names": names} if (names := read_class_names(class_names)) else {}
   if is_checkpoint(path):
     run = _Run.read(path, options)
-    fields = run.task_fields() | ({"class_names": tuple(class_names)} if class_names else {})
+    fields = run.task_fields() | named
     return Trained(
       source=path,
       task=create_task(run.task_name, run.model, **fields),
@@ -81,8 +87,7 @@ def load(
     if needs_head:
       raise ValueError(f"{path}: has no classifier; fine-tune it, or use weights with a head")
     published.config["num_classes"] = 1  # a placeholder: only features are used
-  if class_names:
-    published.task_fields["class_names"] = tuple(class_names)
+  published.task_fields.update(named)
   preprocess = published.preprocess
   return Trained(
     source=path,
@@ -95,13 +100,17 @@ def load(
 
 
 def predictor(
-  model: str, *, batch_size: int | None = None, class_names: Sequence[str] = (), **options: Any
+  model: str,
+  *,
+  batch_size: int | None = None,
+  class_names: Sequence[str] | str | None = None,
+  **options: Any,
 ) -> base.Predictor:
   """Returns a predictor of images: `predictor("runs/detr_demo")("a.jpg")`, see `Predictor`.
 
   `model` is a run, a published file or folder, or a name of `list_models(pretrained=True)`;
   `batch_size` the number of images of one size that are predicted at once (None: 8 for classifiers,
-  else 1); `class_names` are for files without them. `options` are flags of `vit_jax_zoo.predict`
+  else 1); `class_names` as in `load`. `options` are flags of `vit_jax_zoo.predict`
   for the model's task: `top_k`, `explain`, `reference` (an image), ...; ValueError for others.
   """
   if batch_size is not None and batch_size < 1:
