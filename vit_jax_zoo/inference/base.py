@@ -94,9 +94,10 @@ class Result:
     boxes = np.array([found["bbox"] for found in objects], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     parts = [f"{label} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
-    summary = f"{len(parts)} object{'s'[: len(parts) != 1]}{':'[: len(parts)]} {', '.join(parts)}"
+    count = "1 object" if len(parts) == 1 else f"{len(parts)} objects"
+    summary = f"{count}: {', '.join(parts)}" if parts else count
     fields |= {"labels": labels, "scores": scores, "boxes": boxes, "objects": objects}
-    return cls(summary=summary.strip(), **fields)
+    return cls(summary=summary, **fields)
 
   @functools.cached_property
   def pictures(self) -> Mapping[str, Picture]:
@@ -207,7 +208,7 @@ def predict_each(
 ) -> Iterator[tuple[Image | None, Result | ValueError]]:
   """Yields each source's image and result in order; or the error, if it cannot be predicted.
 
-  Threads read and prepare the images of the next batch; later ones are not held.
+  `workers` threads read and prepare the next images, of a batch or one each; none later are held.
   """
 
   def _load(source: ImageLike) -> tuple[Image | None, Any]:
@@ -220,7 +221,7 @@ def predict_each(
   size, remaining, waiting = predictor.batch_size, iter(sources), collections.deque()
   with concurrent.futures.ThreadPoolExecutor(predictor.workers) as pool:
     while True:
-      ahead = itertools.islice(remaining, 2 * size - len(waiting))
+      ahead = itertools.islice(remaining, size + max(size, predictor.workers) - len(waiting))
       waiting.extend(pool.submit(_load, source) for source in ahead)
       loaded = [waiting.popleft().result() for _ in range(min(size, len(waiting)))]
       if not loaded:
