@@ -79,6 +79,17 @@ def test_card_of_published_file(tmp_path, monkeypatch):
   assert not (tmp_path / "README.md").exists()
 
 
+def test_usage_has_inputs_of_program(tmp_path):
+  loaded = load_pretrained(str(golden_folder("vit_hf_a")))
+  (tmp_path / "model.json").write_text('{"images": [], "image_size": []}')
+  for form, call in (
+    ("stablehlo", "program.call(images, image_size)"),
+    ("onnx", 'session.run(None, {"images": images, "image_size": image_size})'),
+  ):
+    card = model_card.write(epath.Path(tmp_path), form, "vit_hf_a", loaded, "mit", "")
+    assert call in code_of(card.read_text())
+
+
 def test_readme_of_others_is_kept(tmp_path):
   (tmp_path / "README.md").write_text("mine")
   loaded = load_pretrained(str(golden_folder("vit_hf_a")))

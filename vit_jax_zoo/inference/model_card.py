@@ -12,7 +12,8 @@ import jax
 from absl import logging
 from etils import epath
 
-from vit_jax_zoo.inference.programs import plain, preprocessing_steps
+from vit_jax_zoo.errors import field_names
+from vit_jax_zoo.inference.programs import NOTES_FILE, plain, preprocessing_steps
 from vit_jax_zoo.registry import family_of
 from vit_jax_zoo.run_metadata import CONFIG_FILE, DATA_FILE, load_run
 from vit_jax_zoo.tasks import tasks
@@ -41,17 +42,17 @@ def write(
     return card
   dataset, scores = _training(source)
   title, model = hub_name or output.name, pretrained.model
-  fields = {f.name: (getattr(model, f.name), f.default) for f in dataclasses.fields(model)}
-  others = {
-    k: v for k, (v, default) in fields.items() if v != default and k not in ("parent", "name")
-  }
+  defaults = {f.name: f.default for f in dataclasses.fields(model)}
+  fields = {name: getattr(model, name) for name in field_names(model)}
+  others = {name: value for name, value in fields.items() if value != defaults[name]}
   task = tasks()[pretrained.task] if pretrained.task else None
-  classes = "".join(f"\n- {name}" for name in pretrained.class_names)
+  names = pretrained.class_names
+  classes = "".join(["\n\nClasses:\n", *(f"\n- {name}" for name in names)]) if names else ""
   count = sum(leaf.size for leaf in jax.tree.leaves(pretrained.variables["params"]))
   sections = {
     "Use": f"```python\n{_usage(output, form, hub_name)}```",
     "Architecture": f"{type(model).__name__}, {count:,} parameters.\n\n{_table(others)}",
-    "Data": f"Training data: {dataset or 'unknown'}." + f"\n\nClasses:\n{classes}" * bool(classes),
+    "Data": f"Training data: {dataset or 'unknown'}." + classes,
     "Metrics": _table(scores) if scores else "Not measured.",
     "Preprocessing": "\n".join(
       f"{i}. {step}" for i, step in enumerate(preprocessing_steps(pretrained), 1)
@@ -110,5 +111,10 @@ def _usage(output: epath.Path, form: str, hub_name: str) -> str:
   fields = {"path": path, "name": name, "timm": f"{'hf-hub' if hub_name else 'local-dir'}:{name}"}
   if form == "hf":
     fields["architecture"] = json.loads((output / "config.json").read_text())["architectures"][0]
+  elif (notes_file := output / NOTES_FILE).exists():
+    notes = json.loads(notes_file.read_text())
+    inputs = [name for name in ("images", "image_size") if name in notes]
+    fields["inputs"] = ", ".join(inputs)
+    fields["feed"] = ", ".join(f'"{name}": {name}' for name in inputs)
   code = _USAGE.get(form, _USAGE["other"])["code"].format(**fields)
   return "import huggingface_hub\n" * ("huggingface_hub." in path) + code
