@@ -95,7 +95,7 @@ class Model:
 
 def build(models: Sequence[Model]) -> "gradio.Blocks":
   """Returns the page; ImportError without Gradio."""
-  os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no word to anybody
+  os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no telemetry
   try:
     import gradio as gr
   except ImportError:

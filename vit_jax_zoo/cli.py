@@ -120,10 +120,12 @@ def help_text(main: Callable[[Sequence[str]], int]) -> str:
   modules = flags.FLAGS.flags_by_module_dict()
   ours = [name for name in modules if name == sys.argv[0] or name.startswith("vit_jax_zoo")]
   for flag in (flag for name in ours for flag in modules[name]):
-    is_bool = flag.flag_type() == "bool"
+    is_bool, can_be_negated = flag.flag_type() == "bool", not flag.name.startswith("no_")
     default = "none" if flag.default in (None, [], "") else str(flag.default_as_str).strip("'")
     shown = "" if "default: " in flag.help else f" (default: {default})"
-    lines.append(f"  --{'[no]' if is_bool else ''}{flag.name}{'' if is_bool else '=...'}")
+    lines.append(
+      f"  --{'[no]' if is_bool and can_be_negated else ''}{flag.name}{'' if is_bool else '=...'}"
+    )
     lines += textwrap.wrap(f"{' '.join(flag.help.split())}{shown}", 92, **_INDENT)
   return "\n".join([*lines, "", "--helpfull also lists the flags of the libraries."])
 

@@ -65,7 +65,8 @@ def main(argv: Sequence[str]) -> int:
   size = {} if FLAGS.image_size is None else {"image_size": FLAGS.image_size}
   options = {"with_preprocessing": True} if FLAGS.with_preprocessing else {}
   if options and FLAGS.format not in PROGRAMS:
-    raise ValueError(f"--with_preprocessing: of {', '.join(PROGRAMS)}; not --format={FLAGS.format}")
+    wrong = f"--with_preprocessing: not supported by --format={FLAGS.format}"
+    raise ValueError(f"{wrong}; expected {' or '.join(PROGRAMS)}")
   repository, output = FLAGS.push_to_hub or "", epath.Path(FLAGS.output)
   if repository and repository.count("/") != 1:
     raise ValueError(f"--push_to_hub: {repository!r}; expected user/name")

@@ -105,7 +105,7 @@ def check_loggers(names: Iterable[str]) -> None:
 def open_services(
   names: Iterable[str], workdir: epath.Path, folder: str, *, resume: bool
 ) -> dict[str, Service]:
-  """Opens services by name, with offline files in `folder`; ValueError if one refuses."""
+  """Opens services by name, with offline files in `folder`; ValueError if one cannot be opened."""
   file, services = workdir / RUN_IDS, {}
   ids = json.loads(file.read_text()) if resume and file.exists() else {}
   for name, (package, open_run) in SERVICES.items():

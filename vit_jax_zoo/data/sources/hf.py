@@ -224,7 +224,7 @@ def _open(
     if wrong:
       text = "%s: %d boxes with NaN or a negative side, left out: %s"
       logging.warning(text, info.name, len(wrong), ", ".join(wrong[:3]))
-    info = dataclasses.replace(info, max_objects=max(counts), num_objects=sum(counts))
+    info = dataclasses.replace(info, max_objects=max(counts, default=0), num_objects=sum(counts))
   return HfSource(info, rows, _files(split, rows, None), image, target)
 
 
