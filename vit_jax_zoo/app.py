@@ -35,7 +35,7 @@ _EXAMPLES = 4  # test images of a run's dataset
 
 def define_flags() -> None:
   """Defines the flags; not on import, as other commands have flags of the same names."""
-  flags.DEFINE_multi_string("model", [], "a run, or a published file, folder or name; repeatable")
+  flags.DEFINE_multi_string("model", [], "a run, or a published file, folder or name")
   flags.DEFINE_string("host", "127.0.0.1", "address to listen at; 0.0.0.0: for other machines")
   flags.DEFINE_integer("port", 7860, "port to listen at")
   flags.DEFINE_bool("share", False, "also create a public link, through gradio.live")

@@ -126,11 +126,9 @@ def help_text(main: Callable[[Sequence[str]], int]) -> str:
     lines.append(
       f"  --{'[no]' if is_bool and can_be_negated else ''}{flag.name}{'' if is_bool else '=...'}"
     )
-    lines += textwrap.wrap(f"{' '.join(flag.help.split())}{shown}", 92, **_INDENT)
+    text = textwrap.fill(f"{' '.join(flag.help.split())}{shown}", 86)
+    lines.append(textwrap.indent(text, " " * 6))
   return "\n".join([*lines, "", "--helpfull also lists the flags of the libraries."])
-
-
-_INDENT = {"initial_indent": " " * 6, "subsequent_indent": " " * 6}
 
 
 def log_plainly() -> None:
