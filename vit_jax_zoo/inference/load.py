@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from vit_jax_zoo import weights
-from vit_jax_zoo.data.sources.folder import read_class_names
+from vit_jax_zoo.data.sources.folder import ClassNames, read_class_names
 from vit_jax_zoo.data.transforms import Transform, build_transforms
 from vit_jax_zoo.data.transforms.detection import ResizeShorter
 from vit_jax_zoo.data.transforms.image import CentralCrop, Resize, ResizeSmall, height_width
@@ -55,11 +55,7 @@ def load_pretrained(path: str, **options: Any) -> Pretrained:
 
 
 def load(
-  path: str,
-  *,
-  class_names: Sequence[str] | str | None = None,
-  needs_head: bool = True,
-  **options: Any,
+  path: str, *, class_names: ClassNames = None, needs_head: bool = True, **options: Any
 ) -> Trained:
   """Loads a model with its task and preprocessing; see `load_pretrained`.
 
@@ -100,11 +96,7 @@ def load(
 
 
 def predictor(
-  model: str,
-  *,
-  batch_size: int | None = None,
-  class_names: Sequence[str] | str | None = None,
-  **options: Any,
+  model: str, *, batch_size: int | None = None, class_names: ClassNames = None, **options: Any
 ) -> base.Predictor:
   """Returns a predictor of images: `predictor("runs/detr_demo")("a.jpg")`, see `Predictor`.
 

@@ -49,14 +49,13 @@ def write(
   names = pretrained.class_names
   classes = "".join(["\n\nClasses:\n", *(f"\n- {name}" for name in names)]) if names else ""
   count = sum(leaf.size for leaf in jax.tree.leaves(pretrained.variables["params"]))
+  steps = enumerate(preprocessing_steps(pretrained), 1)
   sections = {
     "Use": f"```python\n{_usage(output, form, hub_name)}```",
     "Architecture": f"{type(model).__name__}, {count:,} parameters.\n\n{_table(others)}",
     "Data": f"Training data: {dataset or 'unknown'}." + classes,
     "Metrics": _table(scores) if scores else "Not measured.",
-    "Preprocessing": "\n".join(
-      f"{i}. {step}" for i, step in enumerate(preprocessing_steps(pretrained), 1)
-    ),
+    "Preprocessing": "\n".join(f"{i}. {step}" for i, step in steps),
   }
   text = f"# {title}\n\nLicence: {license_id}; {MADE_BY} as `{form}`.\n"
   text += "".join(f"\n## {name}\n\n{content}\n" for name, content in sections.items())

@@ -120,7 +120,10 @@ def log_ignored(folder: str | os.PathLike, ignored: Sequence[str]) -> None:
     _log_once(f"{folder}: ignored {len(ignored)} files that are not images: {named}")
 
 
-def read_class_names(class_names: Sequence[str] | str | None) -> tuple[str, ...]:
+ClassNames: TypeAlias = Sequence[str] | str | None  # in the order of their ids, or a text file
+
+
+def read_class_names(class_names: ClassNames) -> tuple[str, ...]:
   """Returns class names: those given, or those in a text file of one a line or a JSON list."""
   if not isinstance(class_names, str):
     return tuple(class_names or ())

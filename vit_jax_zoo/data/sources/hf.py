@@ -275,12 +275,6 @@ def _objects_example(image: bytes, row: int, objects: Any, spec: Boxes) -> base.
   crowds = fields.get("iscrowd", fields.get("is_crowd")) or np.zeros(len(boxes))
   area = fields.get("area") or (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
   labels = np.array([spec.class_ids[category] for category in fields.get("category", [])], int)
-  return objects_example(
-    image,
-    row,
-    boxes[good],
-    labels[good],
-    is_crowd=np.asarray(crowds)[good],
-    area=np.asarray(area)[good],
-    ids=np.arange(len(boxes))[good],
-  )
+  columns = {"is_crowd": crowds, "area": area, "ids": np.arange(len(boxes))}
+  columns = {key: np.asarray(values)[good] for key, values in columns.items()}
+  return objects_example(image, row, boxes[good], labels[good], **columns)

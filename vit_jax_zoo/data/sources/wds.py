@@ -23,7 +23,6 @@ import os
 import pathlib
 import re
 import tarfile
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -135,10 +134,9 @@ def _open_index(
   for file in files:
     try:
       file.parent.mkdir(parents=True, exist_ok=True)
-      with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
-        temporary.write(content)
-      os.chmod(temporary.name, 0o644)
-      os.replace(temporary.name, file)
+      unfinished = file.with_name(f"{file.name}.{os.getpid()}")
+      unfinished.write_text(content)
+      unfinished.replace(file)
       break
     except OSError:  # a read-only folder
       continue

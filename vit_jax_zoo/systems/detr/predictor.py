@@ -98,7 +98,9 @@ class DetectionPredictor(Predictor):
         pictures["attention"] = draw_query_attention(*shown, names, threshold=threshold)
       if segments is not None:
         pictures["segments"] = paint_segments(image, segments)
-        pictures["panoptic"] = _as_colors(segments + 1)
+        ids = segments + 1
+        colors = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1)
+        pictures["panoptic"] = colors.astype(np.uint8)
       return pictures
 
     mask = None if segments is None else segments + 1
@@ -131,7 +133,3 @@ def _without_padding(attention: np.ndarray, batch: Mapping[str, np.ndarray]) -> 
   sides = zip(batch["image_size"][0], attention.shape[2:], batch["image"].shape[1:3], strict=True)
   rows, columns = (-(-int(side) * cells // padded) for side, cells, padded in sides)
   return attention[:, :, :rows, :columns]
-
-
-def _as_colors(ids: np.ndarray) -> np.ndarray:
-  return np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
