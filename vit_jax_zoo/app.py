@@ -8,6 +8,7 @@ is at http://127.0.0.1:7860, for this machine only. Needs `pip install -e '.[app
 """
 
 import base64
+import contextlib
 import io
 import os
 import pathlib
@@ -75,10 +76,8 @@ class Model:
 
   def _create(self, images: dict[str, np.ndarray]) -> Any:
     if "explain" in self._kind.reads:
-      try:
+      with contextlib.suppress(ValueError):  # this model has nothing to explain
         return create_predictor(self._trained, Options(explain=True, **images))
-      except ValueError:  # this model has nothing to explain
-        pass
     return create_predictor(self._trained, Options(**images))
 
   def examples(self) -> list[dict[str, np.ndarray]]:

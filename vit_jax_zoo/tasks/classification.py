@@ -16,12 +16,7 @@ from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.figures import classification as draw
 from vit_jax_zoo.metrics.base import real_rows
 from vit_jax_zoo.metrics.classification import ClassificationEvaluator
-from vit_jax_zoo.ops.checks import (
-  check_fractions,
-  check_not_negative,
-  check_positive,
-  check_rates,
-)
+from vit_jax_zoo.ops.checks import check_fractions, check_not_negative, check_positive, check_rates
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.tasks import base
 

@@ -38,10 +38,7 @@ def draw_completions(
 
 
 def draw_images(
-  images: Num[np.ndarray, "b h w 3"],
-  *,
-  title: str = "Samples",
-  columns: int | None = None,
+  images: Num[np.ndarray, "b h w 3"], *, title: str = "Samples", columns: int | None = None
 ) -> Figure:
   """Draws the first images, in [0, 255], in rows of `columns`; None: a square grid."""
   shown = min(len(images), MAX_SAMPLES)

@@ -20,8 +20,7 @@ MAX_LAYERS = 6
 
 
 def draw_lambdas(
-  image: Num[np.ndarray, "h w c"],
-  lambdas: Mapping[str, Float[np.ndarray, "h2 w2"]],
+  image: Num[np.ndarray, "h w c"], lambdas: Mapping[str, Float[np.ndarray, "h2 w2"]]
 ) -> Figure:
   """Draws an image in [0, 255], and over it the Frobenius norm of each position's lambda by layer.
 

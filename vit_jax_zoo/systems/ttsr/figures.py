@@ -28,10 +28,7 @@ BATCH_COLUMNS = {  # of a training batch: title -> key
 
 
 def draw_results(
-  batch: Mapping[str, Any],
-  predictions: Mapping[str, Any],
-  *,
-  title: str = "Super-resolution",
+  batch: Mapping[str, Any], predictions: Mapping[str, Any], *, title: str = "Super-resolution"
 ) -> Figure:
   """Draws a row of images for each of the first examples, in the columns `COLUMNS`.
 

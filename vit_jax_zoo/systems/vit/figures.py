@@ -71,9 +71,7 @@ def attention_maps(intermediates: Mapping[str, Any]) -> Float[Array, "l b heads 
   return jnp.stack([block["attention"]["weights"][0] for block in blocks])
 
 
-def attention_rollout(
-  weights: Float[Array | np.ndarray, "l b heads n n"],
-) -> Float[Array, "b n n"]:
+def attention_rollout(weights: Float[Array | np.ndarray, "l b heads n n"]) -> Float[Array, "b n n"]:
   """Returns the weight of each input token (column) in each output token (row); rows sum to 1.
 
   Abnar and Zuidema, arXiv:2005.00928, section 3, as in figure 6 of the ViT paper (appendix D.8):
