@@ -199,10 +199,8 @@ def _open_evaluations(
   for name, spec in sections.items():
     eval_sources[name] = opened(spec)
     if eval_sources[name].info.num_objects == 0:
-      raise ValueError(
-        f"data.eval.{name}: {eval_sources[name].info.name} has no annotated objects, or only crowds"
-        "; expected at least one. Set another split"
-      )
+      text = f"{eval_sources[name].info.name} has no annotated objects, or only crowds"
+      raise ValueError(f"data.eval.{name}: {text}; expected at least one. Set another split")
     if "fit_split" in spec:
       fit_sources[name] = opened(spec, "fit_split")
     trained_on = fit_sources[name].info if name in fit_sources else info

@@ -7,7 +7,7 @@ arrays; the rest runs on the host, on numpy arrays.
 import abc
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import clu.metrics
 import jax
@@ -187,20 +187,15 @@ class Task(abc.ABC):
     return {}
 
   def explain(self, variables: Variables, batch: Batch) -> Any:
-    """Returns small intermediates of the batch's first images; raises NoExplanation without."""
-    raise NoExplanation(f"task {self.name}: no attention maps or other intermediates to draw")
+    """Returns small intermediates of the batch's first images; raises ValueError without."""
+    raise ValueError(f"task {self.name}: no attention maps or other intermediates to draw")
 
   def draw_explanation(self, explanation: Any) -> "Explained":
     """Draws what `explain` returned, as numpy arrays."""
     return Explained({}, {})
 
 
-class NoExplanation(ValueError):  # noqa: N818
-  """A model has no intermediates to draw; a run with `explain` logs a warning and continues."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Explained:
+class Explained(NamedTuple):
   """Figures of a model's intermediates, by name: by image, and of the model alone."""
 
   images: Mapping[str, Figure]

@@ -124,10 +124,10 @@ class Classification(base.Task):
 
     A model may have `explain(variables, intermediates, image_size)`, which is traced and reduces
     the sown arrays to small ones, and `draw_explanation(images, captions, explanation)`, which
-    returns figures of these images and of the model, by name. NoExplanation without them.
+    returns figures of these images and of the model, by name. ValueError without them.
     """
     if not hasattr(self.model, "explain"):
-      raise base.NoExplanation(f"{type(self.model).__name__} has no method explain")
+      raise ValueError(f"{type(self.model).__name__} has no method explain")
     images = self._images(batch)
     apply = functools.partial(self.model.apply, variables, train=False, mutable=["intermediates"])
     sown = jax.eval_shape(apply, images[:1])[1]

@@ -94,12 +94,11 @@ def explain(
     explanation = explain_step(variables, sharding.to_global(batch, mesh))
     if not is_primary():
       return Report({})
-    explained = task.draw_explanation(jax.device_get(explanation))
-  except Exception as error:  # `NoExplanation`, or as in `draw`
+    images, model = task.draw_explanation(jax.device_get(explanation))
+    return Report({}, {**images, **{f"model_{name}": figure for name, figure in model.items()}})
+  except Exception as error:  # a model without them, or as in `draw`
     logging.warning("explain: %s; set explain=False", error)
     return Report({})
-  model = {f"model_{name}": figure for name, figure in explained.model.items()}
-  return Report({}, {**explained.images, **model})
 
 
 def gather_parts(value: T, mesh: Mesh) -> list[T]:

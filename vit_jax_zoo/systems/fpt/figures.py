@@ -137,7 +137,7 @@ def attention_rows(
   sizes = _level_sizes(sown)
   height, width = max(sizes)
   if height * width > MAX_POSITIONS:
-    raise base.NoExplanation(f"attention maps of {height}x{width}: too large; use smaller images")
+    raise ValueError(f"attention maps of {height}x{width}: too large; use smaller images")
   found = {}
   for level, size in enumerate(sizes):
     found[str(level)] = _rows(sown[f"self_{level}"]["weights"][0], size, size, positions)

@@ -120,7 +120,7 @@ class SemanticSegmentation(base.Task):
 
   def explain(self, variables: base.Variables, batch: base.Batch) -> dict[str, Any]:
     if getattr(self.model, "neck", None) != "fpt":
-      raise base.NoExplanation("a model without transformer has no attention maps")
+      raise ValueError("a model without transformer has no attention maps")
     apply = functools.partial(self.model.apply, train=False, mutable=["intermediates"])
 
     def run(first: base.Batch) -> Mapping[str, Any]:

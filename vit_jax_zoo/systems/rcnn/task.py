@@ -206,7 +206,7 @@ class InstanceDetection(base.Task):
   def explain(self, variables: base.Variables, batch: base.Batch) -> dict[str, Any]:
     neck = self.model.neck_class
     if not hasattr(neck, "explain"):
-      raise base.NoExplanation("the model's neck has no attention maps")
+      raise ValueError("the model's neck has no attention maps")
     propose = functools.partial(self.model.apply, method="propose", mutable=["intermediates"])
 
     def run(first: base.Batch) -> Mapping[str, Any]:
