@@ -23,6 +23,7 @@ from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import run_metadata as run_config
 from vit_jax_zoo.builder import Experiment, build
 from vit_jax_zoo.data import pipeline
+from vit_jax_zoo.data.sources.base import SlicedSource
 from vit_jax_zoo.training.checkpoint import restore_variables
 from vit_jax_zoo.training.compiled_steps import TrainingOptions
 from vit_jax_zoo.training.metric_writer import read_metrics
@@ -139,6 +140,34 @@ def test_model_without_explanations(tmp_path, monkeypatch, caplog):
   assert "test/accuracy" in outcome.scores
   assert "explain: VisionTransformer" in caplog.text
   assert not list(tmp_path.rglob("*explain*"))
+
+
+def test_failing_explanation_is_a_warning(tmp_path, monkeypatch, caplog):
+  model = "vit_jax_zoo.systems.vit.model.VisionTransformer.explain"
+  monkeypatch.setattr(model, lambda *_: 1 / 0)
+  assert "test/accuracy" in run(tiny(explain=True), tmp_path).scores
+  assert "explain: division by zero" in caplog.text
+
+
+def test_evaluation_of_other_size_raises_at_start(tmp_path, monkeypatch):
+  monkeypatch.setattr(trainer.Program, "initial_state", None)
+  config = tiny()
+  config.model.position_embedding = "learned_1d"
+  config.data.eval.test.transforms = [{"name": "resize", "size": 12}]
+  with pytest.raises(
+    ValueError, match=r"data\.eval\.test\.transforms: .*\(12, 12\); expected \(8, 8\)"
+  ):
+    run(config, tmp_path)
+
+
+@pytest.mark.parametrize("on_corrupt", ["error", "skip"])
+def test_missing_evaluation_files_raise_at_start(tmp_path, monkeypatch, on_corrupt):
+  monkeypatch.setattr(trainer.Program, "initial_state", None)
+  monkeypatch.setattr(SlicedSource, "missing", lambda self: range(20 * (len(self) == 20)))
+  config = tiny()
+  config.data.loader.on_corrupt = on_corrupt
+  with pytest.raises(FileNotFoundError, match=r"20 files are missing"):
+    run(config, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from etils import epath
 from flax import traverse_util
@@ -20,12 +19,13 @@ from vit_jax_zoo import run_metadata
 from vit_jax_zoo.builder import Experiment as Experiment
 from vit_jax_zoo.builder import best_score_of
 from vit_jax_zoo.builder import build as build
+from vit_jax_zoo.errors import shorten
 from vit_jax_zoo.initialization import Initializer, check_files
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.run_summary import log_summary
 from vit_jax_zoo.training import checkpoint, sharding
 from vit_jax_zoo.training.checkpoint import CHECKPOINTS, Checkpointer, restore_variables
-from vit_jax_zoo.training.compiled_steps import EvaluationProgram, Program
+from vit_jax_zoo.training.compiled_steps import EvaluationProgram, Program, abstract_batch_of
 from vit_jax_zoo.training.distributed import check_equal, check_equal_arrays, is_primary
 from vit_jax_zoo.training.evaluate import Evaluation, explain, score_predictions
 from vit_jax_zoo.training.feature_evaluation import probe_features
@@ -102,8 +102,8 @@ def _experiment_settings(experiment: Experiment, *, train: bool) -> dict[str, An
   flat = traverse_util.flatten_dict({"config": run_metadata.as_json(experiment.config)}, sep=".")
   sources = experiment.sources if train else experiment.eval_sources
   data = {f"data of {name!r}": run_metadata.fingerprint(source) for name, source in sources.items()}
-  code = {"code version": run_metadata.code_version()}
-  return {k: json.dumps(v) for k, v in flat.items()} | data | code
+  data["code version"] = run_metadata.code_version()
+  return {k: json.dumps(v) for k, v in flat.items()} | data
 
 
 def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpointer) -> Outcome:
@@ -117,6 +117,7 @@ def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpoint
   with experiment.train_batches(0 if options.overfit_one_batch else start) as iterator:
     first = next(iterator)  # for shapes and figures; then it is trained on
     program = experiment.program(first)
+    _check_evaluations(experiment, program)
     state, used = _initial_state(experiment, program, checkpointer, first, iterator)
     if is_primary():
       run_metadata.save_config(config, workdir)
@@ -146,6 +147,23 @@ def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpoint
       outcome = loop.run(state, prefetch(batches, put))
       iterator.log_skipped()
       return outcome
+
+
+def _check_evaluations(experiment: Experiment, program: EvaluationProgram) -> None:
+  """Raises if files of an evaluation are missing, or its first example does not fit the model."""
+  batch_size = experiment.config.eval_batch_size or experiment.config.batch_size
+  pairs = [(name, False) for name in experiment.eval_sources]
+  for name, to_fit in [*pairs, *((name, True) for name in experiment.fit_sources)]:
+    batches = experiment.eval_batches(name, to_fit=to_fit)
+    batch = abstract_batch_of(batches.one_example(), batch_size)
+    step = program.features_step if name in experiment.fit_sources else program.predict_step
+    try:
+      jax.eval_shape(step, program.abstract_variables, batch)  # kept for the evaluation
+    except Exception as error:
+      reason = shorten(f"{type(error).__name__}: {error}".splitlines()[0], 200)
+      sizes = [b["image"].shape[1:3] for b in (batch, program.abstract_batch) if "image" in b]
+      both = "images of {}; expected {}" if len(set(sizes)) == 2 else "wrong batches"
+      raise ValueError(f"data.eval.{name}.transforms: {both.format(*sizes)} ({reason})") from error
 
 
 def _initial_state(
@@ -190,16 +208,15 @@ def _evaluate_only(experiment: Experiment, checkpointer: Checkpointer) -> Outcom
     path = checkpointer.workdir / CHECKPOINTS / str(step)
     variables = restore_variables(path, program.abstract_variables, left_out=program.left_out)
     check_equal_arrays(variables)
-  params = variables["params"]
   others = {name: tree for name, tree in variables.items() if name != "params"}
-  state = TrainState(step or 0, params, others, opt_state=(), ema=None, rng=None)
+  state = TrainState(step or 0, variables["params"], others, opt_state=(), ema=None, rng=None)
   report = run_evaluations(_evaluations(experiment, program), state.variables)
   if is_primary():  # not written to the log
     save_figures(checkpointer.workdir, step or 0, report.figures)
   return Outcome(state, True, report.scores, checkpointer.workdir)
 
 
-def _preview(experiment: Experiment) -> Iterator[dict[str, np.ndarray]]:
+def _preview(experiment: Experiment) -> Iterator[Any]:
   with contextlib.closing(experiment.train_batches()) as batches:
     yield from batches
 

@@ -304,7 +304,6 @@ class TestErrors:
     [
       (dict(batch_size=5, process_count=2), "batch_size is 5"),
       (dict(batch_size=0), "batch_size is 0"),
-      (dict(batch_size=4, process_index=2, process_count=2), "process_index is 2"),
       (dict(batch_size=4, on_corrupt="skpi"), "did you mean 'skip'"),
     ],
   )

@@ -94,7 +94,7 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
   without "skip" also for a corrupt image, and FileNotFoundError for missing files.
   """
   transforms = _for_source(transforms, source)
-  local = _local_batch_size(source, batch_size, process_index, process_count, on_corrupt)
+  local = _local_batch_size(source, batch_size, process_count, on_corrupt)
   if repeats < 1 or batch_size % repeats:
     raise ValueError(f"data.train.aug_repeats: {repeats}; expected a divisor of {batch_size=}")
   if repeats > 1 and buckets is not None:
@@ -162,7 +162,7 @@ def eval_batches(  # noqa: PLR0913
   """
   transforms = _for_source(transforms, source)
   loader = Loader(source, transforms, num_classes, on_corrupt, replace=False)
-  local = _local_batch_size(source, batch_size, process_index, process_count, on_corrupt)
+  local = _local_batch_size(source, batch_size, process_count, on_corrupt)
   plan, num_batches = None, -(-len(source) // batch_size)
   if buckets is not None:
     plan = EvalPlan(Forecast(source_sizes(source), transforms), batch_size, buckets)
@@ -247,13 +247,12 @@ def _first_names(names: Sequence[str]) -> str:
 
 @functools.lru_cache(maxsize=32)  # evaluations open their batches again and again
 def _check_files(source: Source, on_corrupt: str) -> None:
-  missing = source.missing()
-  if not missing:
+  if not (missing := source.missing()):
     return
   named = _first_names([source.example_name(i) for i in missing])
   text = f"{source.info.name}: {len(missing)} files are missing: {named}"
-  if on_corrupt == "error":
-    raise FileNotFoundError(f"{text}; add them, or set data.loader.on_corrupt='skip'")
+  if on_corrupt == "error" or len(missing) == len(source):
+    raise FileNotFoundError(f"{text}; add them, or use others by data.loader.on_corrupt='skip'")
   logging.warning("%s; they are skipped", text)
 
 
@@ -261,18 +260,13 @@ def _for_source(transforms: Transforms, source: Source) -> tuple[Any, ...]:
   return tuple(t.for_source(source) if isinstance(t, Transform) else t for t in transforms)
 
 
-def _local_batch_size(
-  source: Source, batch_size: int, process_index: int, process_count: int, on_corrupt: str
-) -> int:
+def _local_batch_size(source: Source, batch_size: int, process_count: int, on_corrupt: str) -> int:
   check_names("policy for corrupt examples", [on_corrupt], ("error", "skip"))
   if len(source) == 0:
     raise ValueError(f"{source.info.name} has no example")
   _check_files(source, on_corrupt)
-  if not 0 <= process_index < process_count:
-    raise ValueError(f"process_index is {process_index}; expected 0..{process_count - 1}")
   if batch_size < 1 or batch_size % process_count:
-    expected = f"a positive multiple of {process_count} processes"
-    raise ValueError(f"batch_size is {batch_size}; expected {expected}")
+    raise ValueError(f"batch_size is {batch_size}; expected a positive multiple of {process_count}")
   return batch_size // process_count
 
 

@@ -28,8 +28,7 @@ _LISTED = 10
 class GroundTruth:
   """Ids of the images and categories of a COCO file, for predictions that are scored with it.
 
-  An image is matched if its path ends with one `file_name`, else if one has the same base name;
-  accents may be composed or not.
+  An image is matched if its path ends with one `file_name`, else if one has the same base name.
   Classes are matched by name, or by id if the model has no names; a class that is not in the file
   keeps its id, or if the file uses that id, gets one above the file's.
   """
@@ -40,7 +39,6 @@ class GroundTruth:
     self.file = file
     images, self.categories = read_images(file)
     self._sizes = {image["id"]: (image["height"], image["width"]) for image in images}
-    # As models' names are.
     self._names = {c["id"]: composed(escape_surrogates(c["name"])) for c in self.categories}
     self._ids = {name: number for number, name in reversed(self._names.items())}
     self.image_ids = self._match(images, paths)

@@ -271,8 +271,7 @@ def _read_headers(
 
   def read(index: int) -> tuple[int, int, int] | None:
     try:
-      file = base.file_path(str(split.images), images[index]["file_name"])
-      return image_files.read_header(file)
+      return image_files.read_header(base.file_path(str(split.images), images[index]["file_name"]))
     except (OSError, base.CorruptExampleError):
       return None
 
