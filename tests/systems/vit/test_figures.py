@@ -78,5 +78,5 @@ def test_rollout_jit_equals_eager():
 def test_maps_with_x64_and_strict_promotion():
   weights = random_maps(2, 1, 2, 5, 5)
   with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-    found = attention_rollout(weights), attention_distances(weights, (2, 2), patch_size=4)
+    found = attention_rollout(weights), attention_distances(weights, (2, 2), patch_size=4.0)
   assert {array.dtype.name for array in found} == {"float32"}
