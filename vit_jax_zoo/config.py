@@ -89,6 +89,7 @@ read with the new names; config files and flags with an old one raise an error w
 REMOVED = {
   "model*.remat_stages": (..., "accumulation_steps reduces memory use"),
   "model*.zero_init_last_scale": (..., "it is always True"),
+  "data.*transforms.upright": (..., "images are always upright"),
   "task.mix_per": ("batch", "it is always 'batch'"),
 }
 """Patterns of the paths of removed fields, the value that saved runs must have (`...`: any, without

@@ -142,7 +142,8 @@ def _write(content: Any, file: epath.Path) -> None:
 
 def _read(file: epath.Path) -> Any:
   try:
-    found = json.loads(file.read_text()) if file.is_file() else None  # a FIFO would block
+    is_there = file.exists() and not pathlib.Path(file).is_fifo()  # a named pipe would block
+    found = json.loads(file.read_text()) if is_there else None
     if not isinstance(found, dict | None):
       raise ValueError(f"a {type(found).__name__}; expected an object")
   except (ValueError, RecursionError) as error:

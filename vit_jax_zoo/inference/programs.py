@@ -149,8 +149,7 @@ def preprocessing_steps(pretrained: Pretrained) -> list[str]:
   preprocess = pretrained.preprocess
   is_detector = bool(pretrained.task) and tasks()[pretrained.task].predicts_boxes
   (height, width), (rows, columns) = preprocess.image_size, preprocess.uncropped_size
-  most = f", the longer at most {preprocess.max_side} before rounding"
-  limit = most if preprocess.max_side else ""
+  limit = f", the longer at most {preprocess.max_side} (unrounded)" if preprocess.max_side else ""
   crop = f" and crop the centre, {height} x {width}"
   goal = f"the shorter side to {rows}" if rows == columns else f"to cover {rows} x {columns}"
   resize = {

@@ -11,6 +11,7 @@ model.ckpt-1000000[.index]            TensorFlow checkpoint, see `tf_bundle`
 import dataclasses
 import json
 import math
+import pathlib
 import pickle
 import tokenize
 import zipfile
@@ -102,7 +103,7 @@ def read_published(path: str) -> Published:
 
 def read_json(file: epath.Path) -> dict[str, Any]:
   """Returns the object in a JSON file; an empty one if the file does not exist."""
-  if not file.is_file():
+  if not file.exists() or pathlib.Path(file).is_fifo():
     return {}
   try:
     found = json.loads(file.read_bytes())  # with a byte order mark or without
@@ -147,8 +148,8 @@ def _read_shards(index: epath.Path) -> Flat:
 
 def _read_file(file: epath.Path, path: str) -> Flat:
   """Reads a file in the format that its content shows; file names are not reliable."""
-  if not file.is_file():
-    raise WeightsError(f"{path}: not a regular file; expected a checkpoint")  # a FIFO blocks
+  if pathlib.Path(file).is_fifo():  # it would block
+    raise WeightsError(f"{path}: a named pipe; expected a checkpoint")
   try:
     with file.open("rb") as stream:
       start = stream.read(16)

@@ -8,6 +8,7 @@ offset, size.
 """
 
 import math
+import pathlib
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -40,7 +41,8 @@ def find_prefix(path: str) -> str | None:
     files = [file for file in location.iterdir() if file.suffix == ".index" and file.is_file()]
     return max((str(file).removesuffix(".index") for file in files), key=_step, default=None)
   prefix = path.removesuffix(".index")
-  return prefix if epath.Path(f"{prefix}.index").is_file() else None
+  index = epath.Path(f"{prefix}.index")
+  return prefix if index.exists() and not pathlib.Path(index).is_fifo() else None
 
 
 def _step(prefix: str) -> int:

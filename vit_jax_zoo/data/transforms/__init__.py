@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from absl import logging
 
 from vit_jax_zoo.data import images
 from vit_jax_zoo.data.sources.base import Example, Source
@@ -109,8 +108,6 @@ TRANSFORMS = Registry(
 )
 """The transforms that a config can name, by module; `random_crop` is the class RandomCrop."""
 
-_RETIRED = {"upright"}  # fields in the configs of old runs
-
 
 def build_transforms(specs: Iterable[Mapping[str, Any]]) -> tuple[Transform, ...]:
   """Builds the transforms of a config from the `name` and fields of each, in order.
@@ -124,9 +121,6 @@ def build_transforms(specs: Iterable[Mapping[str, Any]]) -> tuple[Transform, ...
 def _build(spec: dict[str, Any]) -> Transform:
   name = str(spec.pop("name", None))
   kind = TRANSFORMS[name]
-  for field in _RETIRED & spec.keys():
-    logging.info("transform %r: removed field %r ignored: images are always upright", name, field)
-    del spec[field]
   check_fields(f"transform {name!r}", kind, spec)
   for field in dataclasses.fields(kind):
     if field.name not in spec and field.default is dataclasses.MISSING:

@@ -3,6 +3,8 @@
 A palette is float32 [k 3] with values in [-1, 1], as OpenAI's `kmeans_centers.npy`.
 """
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +85,7 @@ def encode(
 def read_palette(path: str) -> Float32[np.ndarray, "k 3"]:
   """Reads a palette: OpenAI's `kmeans_centers.npy`, or `clusters` in HF's processor's JSON."""
   file = epath.Path(path)
-  if not file.is_file():
+  if not file.exists() or pathlib.Path(file).is_fifo():
     raise FileNotFoundError(f"{path}: no such file. Leave the palette out to fit one to the images")
   if file.suffix == ".json":
     fields = read_json(file)
