@@ -98,6 +98,7 @@ def test_help_has_an_example(module):
 
 def test_help_lists_every_flag(no_flags, monkeypatch, capsys):
   monkeypatch.setattr(sys, "argv", ["vit-jax-zoo", "transfer", "--help"])
+  monkeypatch.delitem(sys.modules, "vit_jax_zoo.transfer.__main__", raising=False)
   with pytest.raises(SystemExit):
     console.main()
   shown = [line.split("=")[0].strip() for line in capsys.readouterr().out.splitlines()]
@@ -135,7 +136,8 @@ def test_wheel_has_package_and_configs(wheel):
     entry = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
     assert "vit-jax-zoo = vit_jax_zoo.__main__:main" in archive.read(entry).decode()
   root = command.ROOT
-  package = [p.relative_to(root).as_posix() for p in (root / "vit_jax_zoo").rglob("*.py")]
+  files = [p for kind in ("*.py", "*.toml") for p in (root / "vit_jax_zoo").rglob(kind)]
+  package = [p.relative_to(root).as_posix() for p in files]
   shipped = [f"vit_jax_zoo/shipped/configs/{p.name}" for p in (root / "configs").glob("*.py")]
   assert found == {*package, *shipped, "vit_jax_zoo/py.typed"}
 

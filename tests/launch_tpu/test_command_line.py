@@ -71,7 +71,7 @@ def test_dry_run_of_single_step(tpu):
 def test_copied_files_exist(tpu):
   words = printed(tpu.launch("setup", *PLACE, "--dry-run"))[0]
   names = words[words.index("--exclude=__pycache__") + 1 :]
-  assert len(names) == 6
+  assert len(names) == 7
   assert [n for n in names if not (ROOT / n).exists()] == []
 
 
