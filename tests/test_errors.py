@@ -20,6 +20,8 @@ from tests import command
 from tests.conftest import system_module
 from vit_jax_zoo import builder, cli, main, trainer
 from vit_jax_zoo import config as config_lib
+from vit_jax_zoo.data.transforms import build_transforms
+from vit_jax_zoo.training.optim import create_optimizer
 
 system_module("vit")
 
@@ -459,6 +461,28 @@ def test_errors_of_config_file_name_it(tmp_path, text, wrong):
 def test_override_of_list_item_raises():
   with pytest.raises(ValueError, match=r"transforms\.0\.size: transforms is no section"):
     config_lib.load("configs/vit.py", ["--config.data.train.transforms.0.size=20"])
+
+
+@pytest.mark.parametrize("specs", [3, [3], ["resize"], [{"size": 3}], [[1, 2]]])
+def test_transforms_that_are_no_dicts_raise(specs):
+  with pytest.raises(ValueError, match=r"^(unknown )?transform"):
+    build_transforms(specs)
+
+
+@pytest.mark.parametrize("size", ["big", 0, (16, -3), (1, 2, 3), ()])
+def test_transform_sizes_that_are_not_positive_raise(size):
+  with pytest.raises(ValueError, match=r"^transform 'resize': size is "):
+    build_transforms([{"name": "resize", "size": size}])
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [("weight_decay", "abc"), ("clip_norm", [1]), ("b1", "x"), ("learning_rate", {}), ("rules", [1])],
+)
+def test_optimizer_values_of_wrong_type_name_field(field, value):
+  fields = {"name": "adamw", "learning_rate": 1.0, field: value}
+  with pytest.raises(ValueError, match=rf"^optimizer.{field.removesuffix('s')}.*(expected|pair)"):
+    create_optimizer(fields, {"w": np.zeros((2, 2))}, 5)
 
 
 def test_file_error_names_flag(tmp_path, monkeypatch, capsys):

@@ -84,6 +84,7 @@ _DECAY_MODES = ("l2", "decoupled", "fully_decoupled")
 _FIELDS = (
   "name", "learning_rate", "schedule", "weight_decay", "weight_decay_mode", "clip_norm", "rules",
 )  # fmt: skip
+_NO_NUMBERS = ("name", "schedule", "weight_decay_mode", "rules")
 _RULE_FIELDS = ("learning_rate", "weight_decay", "frozen")
 
 
@@ -171,6 +172,10 @@ def _direction_of(fields: Mapping[str, Any]) -> tuple[_Kind, optax.GradientTrans
       raise ValueError(f"optimizer: no {field!r}; found {', '.join(fields)}")
   name = fields["name"]
   check_names("optimizer", [name], OPTIMIZERS)
+  for key, value in fields.items():
+    is_other = key in _NO_NUMBERS or key.endswith("dtype")
+    if not (is_other or isinstance(value, Number | None)):
+      raise ValueError(f"optimizer.{key}: {value!r}; expected a number")
   own = {key: value for key, value in fields.items() if key not in _FIELDS}
   check_names(f"field of optimizer {name}", own, optimizer_fields(name))
   for key, value in own.items():
@@ -236,7 +241,7 @@ class _Setting:
 def _plain_rules(rules: Any) -> list[tuple[str, dict[str, Any]]]:
   found = []
   for rule in rules:
-    if isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
+    if not (isinstance(rule, list | tuple) and len(rule) == 2 and isinstance(rule[0], str)):
       raise ValueError(f"optimizer rule {rule!r}: not a pair, as ('.*/bias', dict(frozen=True))")
     settings = plain(rule[1])
     check_names(f"setting in optimizer rule {rule[0]!r}:", settings, _RULE_FIELDS)

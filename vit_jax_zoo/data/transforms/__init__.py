@@ -12,7 +12,6 @@ the batch.
 import abc
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -109,13 +108,17 @@ TRANSFORMS = Registry(
 """The transforms that a config can name, by module; `random_crop` is the class RandomCrop."""
 
 
-def build_transforms(specs: Iterable[Mapping[str, Any]]) -> tuple[Transform, ...]:
+def build_transforms(specs: Any) -> tuple[Transform, ...]:
   """Builds the transforms of a config from the `name` and fields of each, in order.
 
   >>> build_transforms([dict(name="random_crop", size=32)])
   (RandomCrop(size=32),)
   """
-  return tuple(_build(dict(spec)) for spec in specs)
+  try:
+    fields = [dict(spec) for spec in specs]
+  except (TypeError, ValueError):
+    raise ValueError(f"transforms: {specs!r}; expected dicts, each with a name") from None
+  return tuple(map(_build, fields))
 
 
 def _build(spec: dict[str, Any]) -> Transform:
@@ -125,4 +128,7 @@ def _build(spec: dict[str, Any]) -> Transform:
   for field in dataclasses.fields(kind):
     if field.name not in spec and field.default is dataclasses.MISSING:
       raise ValueError(f"transform {name!r} needs the field {field.name!r}")
+    sides = np.ravel(spec.get(field.name, 1)) if field.name.endswith("size") else [1]
+    if not (1 <= len(sides) <= 2 and min(sides) > 0):
+      raise ValueError(f"transform {name!r}: {field.name} is {sides}; expected one or two, above 0")
   return kind(**spec)
