@@ -151,6 +151,8 @@ def predict_video(
         if writer is None:
           code, size = cv2.VideoWriter.fourcc(*"mp4v"), (picture.shape[1], picture.shape[0])
           writer = cv2.VideoWriter(str(output / name), code, rate, size)
+          if not writer.isOpened():
+            raise ValueError(f"{output / name}: OpenCV cannot write MP4 here; use --no_figures")
         writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
       records.add({"image": escape_surrogates(source), "frame": number}, result)
   except KeyboardInterrupt:

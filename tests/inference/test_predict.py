@@ -371,6 +371,8 @@ def test_options_of_all_predictors():
 def test_unsupported_options_raise(vit_run, igpt_run, tmp_path):
   with pytest.raises(ValueError, match=r"--samples: .*--explain"):
     predictor_of(vit_run, samples=3)
+  with pytest.raises(ValueError, match="--top_k: 0"):
+    predictor_of(vit_run, top_k=0)
   with pytest.raises(ValueError, match="--prefix_fraction"):
     predictor_of(igpt_run, prefix_fraction=2.0)
   with pytest.raises(ValueError, match="has no classifier"):

@@ -23,7 +23,9 @@ class ClassificationPredictor(Predictor):
   batch_size = 8
 
   def __init__(self, trained: Trained, options: Options) -> None:
-    """Raises ValueError if `explain` is set and the model has no explanation."""
+    """Raises ValueError for a wrong `top_k`, or `explain` of a model without explanation."""
+    if options.top_k is not None and options.top_k < 1:
+      raise ValueError(f"--top_k: {options.top_k}; expected at least 1")
     super().__init__(trained, options)
     self._logits = jax.jit(self._compute_logits)
     self._explain = jax.jit(self._task.explain)
@@ -40,7 +42,7 @@ class ClassificationPredictor(Predictor):
 
   def _result(self, image: Image, prepared: np.ndarray, probabilities: np.ndarray) -> Result:
     count = self.listed if self._options.top_k is None else self._options.top_k
-    best = np.argsort(-probabilities, kind="stable")[: max(1, count)]
+    best = np.argsort(-probabilities, kind="stable")[:count]
     names, scores = self._task.class_names, probabilities[best].tolist()
     top = [
       {"label": label, **self.named(label), "probability": score}

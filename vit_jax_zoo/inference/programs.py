@@ -97,7 +97,7 @@ def write_onnx(pretrained: Pretrained, path: str, **options: Any) -> None:
     _pool_two_axes(converted.graph, helper)
     content = converted.SerializeToString()
     runtime.InferenceSession(content)  # raises for a graph that it cannot run
-  except Exception as error:  # of any class, from the converter's depths
+  except Exception as error:  # the converter raises any class
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     wrong = f"--format=onnx: {type(pretrained.model).__name__} cannot be converted ({reason})"
     raise ValueError(f"{wrong}; use --format=stablehlo") from None
