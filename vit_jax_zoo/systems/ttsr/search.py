@@ -50,9 +50,7 @@ def find_matches(
 
 
 def relevance_of(
-  queries: Float[Array, "b h w c"],
-  references: Float[Array, "b i j c"],
-  index: Int[Array, "b h w"],
+  queries: Float[Array, "b h w c"], references: Float[Array, "b i j c"], index: Int[Array, "b h w"]
 ) -> Float[Array, "b h w"]:
   """Returns the cosine of each query patch and the reference patch at `index` (float32)."""
   queries, references = _wide(queries), _wide(references)
@@ -72,11 +70,7 @@ def relevance_of(
 
 
 def transfer(
-  reference: Float[Array, "b y x c"],
-  index: Int[Array, "b h w"],
-  *,
-  grid_width: int,
-  scale: int = 1,
+  reference: Float[Array, "b y x c"], index: Int[Array, "b h w"], *, grid_width: int, scale: int = 1
 ) -> Float[Array, "b hs ws c"]:
   """Returns the mean of the overlapping reference patches of all matches (Eq. 6).
 
