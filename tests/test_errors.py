@@ -21,6 +21,7 @@ from tests.conftest import system_module
 from vit_jax_zoo import builder, cli, main, trainer
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo.data.transforms import build_transforms
+from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.optim import create_optimizer
 
 system_module("vit")
@@ -483,6 +484,12 @@ def test_optimizer_values_of_wrong_type_name_field(field, value):
   fields = {"name": "adamw", "learning_rate": 1.0, field: value}
   with pytest.raises(ValueError, match=rf"^optimizer.{field.removesuffix('s')}.*(expected|pair)"):
     create_optimizer(fields, {"w": np.zeros((2, 2))}, 5)
+
+
+@pytest.mark.parametrize("rule", ["abc", 3, (".*", 3), ("(", "fsdp"), (".*", "rows"), (".*", "no")])
+def test_wrong_sharding_rules_name_field(rule):
+  with pytest.raises(ValueError, match=r"sharding.rule"):
+    sharding.parameter_specs({"w": np.zeros((2, 2))}, [rule], sharding.create_mesh({"data": -1}))
 
 
 def test_file_error_names_flag(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ path of a parameter applies. A spec is
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -80,11 +80,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def parameter_specs(abstract_params: Any, rules: Rules, mesh: Mesh) -> Any:
+def parameter_specs(abstract_params: Any, rules: Iterable[Any], mesh: Mesh) -> Any:
   """Returns a tree like `abstract_params` with a PartitionSpec for each parameter, by the rules."""
+  rules = [_checked(rule) for rule in rules]
   flat: dict[str, Any] = traverse_util.flatten_dict(abstract_params, sep="/")
   specs = {path: _spec_of(path, leaf.shape, rules, mesh) for path, leaf in flat.items()}
   return traverse_util.unflatten_dict(specs, sep="/")
+
+
+def _checked(rule: Any) -> tuple[str, Spec]:
+  try:
+    pattern, spec = rule
+    re.compile(pattern)
+    axes = (spec,) if isinstance(spec, str) else tuple(spec)
+  except (TypeError, ValueError, re.error):
+    raise ValueError(f"sharding.rules: {rule!r}; expected a pair, as ('.*', 'fsdp')") from None
+  check_names(f"axis of the sharding rule {pattern!r}", filter(None, axes), AXES)
+  return pattern, spec if isinstance(spec, str) else axes
 
 
 def _spec_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:
