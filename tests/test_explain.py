@@ -104,5 +104,5 @@ def test_lambda_resnet_lambda_norms_and_stem():
   drawn_figures, of_model = model.draw_explanation(
     np.zeros((2, 8, 8, 3)), "ab", jax.device_get(explanation)
   )
-  assert len(drawn_figures["lambdas"].axes) == 1 + 2
+  assert len(drawn_figures["lambdas"].axes) == 1 + 2 + 1  # and a colour bar
   assert "Filters" in of_model["filters"].texts[0].get_text()

@@ -222,7 +222,7 @@ def test_every_import_declared():
     for name in set(imported_packages(ast.parse(path.read_text()))):
       if name in sys.stdlib_module_names or name == "vit_jax_zoo":
         continue
-      owners = {canonical(d) for d in distributions.get(name, [f"no distribution has {name}"])}
+      owners = {canonical(d) for d in distributions.get(name, [name])}
       if not owners & (declared() | optional()):
         undeclared.setdefault(name, []).append(name_of(path))
   assert undeclared == {}

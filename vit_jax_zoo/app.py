@@ -56,6 +56,7 @@ class Model:
 
   def __init__(self, path: str) -> None:
     self.name = path
+    self.folder = tempfile.TemporaryDirectory()  # of its examples
     self._trained = load(path)
     self._kind = predictor_class(self._trained)
     read = [option for option in list_options() if option.name in self._kind.reads]
@@ -113,7 +114,10 @@ def _draw_model(gr: Any, model: Model) -> None:
       inputs = [gr.Image(type="filepath", label=name, height=300) for name in names]
       button = gr.Button("Predict", variant="primary")
       if examples := model.examples():
-        files = [[_as_file(example[name]) for name in names] for example in examples]
+        files = [
+          [_as_file(model.folder.name, f"{i}_{name}", example[name]) for name in names]
+          for i, example in enumerate(examples)
+        ]
         gr.Examples(files, inputs, label="from the test data")
     with gr.Column():
       answer = gr.Textbox(label="answer")
@@ -142,10 +146,10 @@ def _as_html(picture: PIL.Image.Image) -> str:
   return f'<img src="data:image/png;base64,{data}" style="max-width: 100%; display: inline">'
 
 
-def _as_file(image: np.ndarray) -> str:
-  with tempfile.NamedTemporaryFile(suffix=".png", delete=False) as file:
-    PIL.Image.fromarray(image).save(file)
-  return file.name
+def _as_file(folder: str, name: str, image: np.ndarray) -> str:
+  path = os.path.join(folder, f"{name}.png")
+  PIL.Image.fromarray(image).save(path)
+  return path
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from vit_jax_zoo.weights import Pretrained
 from vit_jax_zoo.weights.model_index import entries
 
 MADE_BY = "exported by vit_jax_zoo"
+_MAX_CLASSES = 1000  # that are listed; config.json has all
 
 _USAGE = tomllib.loads(pathlib.Path(__file__).with_name("usage.toml").read_text())
 
@@ -47,7 +48,8 @@ def write(
   others = {name: value for name, value in fields.items() if value != defaults[name]}
   task = tasks()[pretrained.task] if pretrained.task else None
   names = pretrained.class_names
-  classes = "".join(["\n\nClasses:\n", *(f"\n- {name}" for name in names)]) if names else ""
+  listed = [*names[:_MAX_CLASSES], *([f"... ({len(names)} in all)"] * (len(names) > _MAX_CLASSES))]
+  classes = "".join(["\n\nClasses:\n", *(f"\n- {name}" for name in listed)]) if names else ""
   count = sum(leaf.size for leaf in jax.tree.leaves(pretrained.variables["params"]))
   steps = enumerate(preprocessing_steps(pretrained), 1)
   sections = {

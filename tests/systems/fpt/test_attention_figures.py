@@ -79,7 +79,7 @@ def test_explain_draws_three_images_or_raises():
   figure = task.draw_explanation(explanation).images["levels"]
   titles = [ax.get_title() for ax in figure.axes[:4]]
   assert titles == ["query: ring", "p2: 8x12", "p3: 4x6", "p2: 8x12 at p3: 4x6"]
-  assert len(figure.axes) == 3 * 4
+  assert len(figure.axes) == 3 * 4 + 1  # and a colour bar
   with pytest.raises(ValueError, match="attention maps of 65x64"):
     attention_rows({"self_0_output": (jnp.zeros((1, 65, 64, 1)),)}, jnp.zeros((1, 2)))
   with pytest.raises(ValueError, match="the model's neck"):
