@@ -46,8 +46,9 @@ def main(argv: Sequence[str]) -> int:
   """Serves the page until it is interrupted; returns 0."""
   if not (paths := [*FLAGS.model, *argv[1:]]):
     raise ValueError("--model is missing; expected a run's folder, or a published file or name")
-  page = build([Model(path) for path in paths])
-  page.launch(server_name=FLAGS.host, server_port=FLAGS.port, share=FLAGS.share, show_error=True)
+  with tempfile.TemporaryDirectory() as folder:
+    page = build([Model(path) for path in paths], folder)
+    page.launch(server_name=FLAGS.host, server_port=FLAGS.port, share=FLAGS.share, show_error=True)
   return 0
 
 
@@ -56,7 +57,6 @@ class Model:
 
   def __init__(self, path: str) -> None:
     self.name = path
-    self.folder = tempfile.TemporaryDirectory()  # of its examples
     self._trained = load(path)
     self._kind = predictor_class(self._trained)
     read = [option for option in list_options() if option.name in self._kind.reads]
@@ -93,8 +93,8 @@ class Model:
     return [self._kind.example_input(source[int(index)]) for index in chosen]
 
 
-def build(models: Sequence[Model]) -> "gradio.Blocks":
-  """Returns the page; ImportError without Gradio."""
+def build(models: Sequence[Model], folder: str) -> "gradio.Blocks":
+  """Returns the page, whose example images are written to a folder; ImportError without Gradio."""
   os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no telemetry
   try:
     import gradio as gr
@@ -103,11 +103,11 @@ def build(models: Sequence[Model]) -> "gradio.Blocks":
   with gr.Blocks(title="vit_jax_zoo", analytics_enabled=False) as page:
     for model in models:
       with gr.Tab(escape_controls(model.name)):
-        _draw_model(gr, model)
+        _draw_model(gr, model, tempfile.mkdtemp(dir=folder))
   return page
 
 
-def _draw_model(gr: Any, model: Model) -> None:
+def _draw_model(gr: Any, model: Model, folder: str) -> None:
   with gr.Row():
     with gr.Column():
       names = ["image", *(option.name for option in model.image_options)]
@@ -115,7 +115,7 @@ def _draw_model(gr: Any, model: Model) -> None:
       button = gr.Button("Predict", variant="primary")
       if examples := model.examples():
         files = [
-          [_as_file(model.folder.name, f"{i}_{name}", example[name]) for name in names]
+          [_as_file(folder, f"{i}_{name}", example[name]) for name in names]
           for i, example in enumerate(examples)
         ]
         gr.Examples(files, inputs, label="from the test data")

@@ -57,7 +57,7 @@ def test_examples_are_test_images(vit_run):
 def test_page_without_gradio_names_extra(monkeypatch):
   monkeypatch.setitem(sys.modules, "gradio", None)
   with pytest.raises(ImportError, match=r"pip install -e '\.\[app\]'"):
-    app.build([])
+    app.build([], "")
 
 
 @pytest.fixture
@@ -69,8 +69,8 @@ def collected():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_page_has_tab_of_model(vit_run, collected):
-  page = app.build([app.Model(str(vit_run))])
+def test_page_has_tab_of_model(vit_run, tmp_path, collected):
+  page = app.build([app.Model(str(vit_run))], str(tmp_path))
   labels = [part["props"].get("label") for part in page.config["components"]]
   assert {str(vit_run), "image", "answer"} <= set(labels)
 
@@ -85,7 +85,7 @@ def test_all_systems_in_browser(tmp_path, photo, collected):
     few = "--config.data.eval.test.split=test[:4]"
     command.run(tmp_path / name, f"--config=configs/{config}", few, "--config.explain=False")
     models.append(app.Model(str(tmp_path / name)))
-  page = app.build(models)
+  page = app.build(models, str(tmp_path))
   _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
   try:
     with playwright.sync_playwright() as driver:
