@@ -9,12 +9,13 @@ is at http://127.0.0.1:7860, for this machine only. Needs `pip install -e '.[app
 
 import base64
 import contextlib
+import importlib
 import io
 import os
 import pathlib
 import tempfile
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -26,9 +27,6 @@ from vit_jax_zoo.errors import escape_controls, one_line
 from vit_jax_zoo.inference import create_predictor, predictor_class
 from vit_jax_zoo.inference.base import Options, Result, list_options, read_image
 from vit_jax_zoo.inference.load import load
-
-if TYPE_CHECKING:
-  import gradio
 
 FLAGS = flags.FLAGS
 _EXAMPLES = 4  # test images of a run's dataset
@@ -93,11 +91,11 @@ class Model:
     return [self._kind.example_input(source[int(index)]) for index in chosen]
 
 
-def build(models: Sequence[Model], folder: str) -> "gradio.Blocks":
-  """Returns the page, whose example images are written to a folder; ImportError without Gradio."""
+def build(models: Sequence[Model], folder: str) -> Any:
+  """Returns the `gradio.Blocks`; writes example images to a folder. ImportError without Gradio."""
   os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no telemetry
   try:
-    import gradio as gr
+    gr: Any = importlib.import_module("gradio")
   except ImportError:
     raise ImportError("the web page needs Gradio: pip install -e '.[app]'") from None
   with gr.Blocks(title="vit_jax_zoo", analytics_enabled=False) as page:
