@@ -48,6 +48,7 @@ def save(workdir, state):
     checkpointer.save(1, state)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   "system",
   [system if system == "vit" else pytest.param(system, marks=SLOW) for system in SYSTEMS],

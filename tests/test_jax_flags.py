@@ -33,6 +33,7 @@ FLAGS = {"JAX_ENABLE_X64": "1", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_DEBU
 SLOW = [pytest.param(demo, marks=pytest.mark.slow) for demo in DEMOS if demo != "vit:demo"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("demo", ["vit:demo", *SLOW])
 def test_demo_with_all_flags(tmp_path, demo):
   name, _, variant = demo.partition(":")

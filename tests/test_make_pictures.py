@@ -51,6 +51,7 @@ def tiles_of(make_pictures, system):
   return rows
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ("system", "caption"),
   [

@@ -57,6 +57,7 @@ def on_one_device():
   return train(small_config(data=1), 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ("num_devices", "mesh"),
   [

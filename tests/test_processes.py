@@ -98,6 +98,7 @@ def two_processes(tmp_path_factory):
   return workdir, run_processes(workdir, 2, *SHORT, devices_each=2)
 
 
+@pytest.mark.long
 def test_two_processes_equal_one(one_process, two_processes):
   workdir, (first, second) = two_processes
   assert "done after 6 steps" in first
@@ -137,6 +138,7 @@ def assert_same_run(one_process, workdir):
   )
 
 
+@pytest.mark.long
 def test_one_process_restores_run_of_two(one_process, two_processes):
   workdir, _ = two_processes
   assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["6"]

@@ -55,6 +55,7 @@ def assert_same_run(workdir, other, num_steps=NUM_STEPS):
   assert command.rows(workdir) == command.rows(other)
 
 
+@pytest.mark.long
 def test_interrupted_killed_resumed(uninterrupted, tmp_path):
   workdir = tmp_path / "run"
   assert signal_once_it_trains(workdir, signal.SIGTERM) == 143

@@ -106,6 +106,7 @@ def masks_config(system, root):
   return config, small | {"backbone": BACKBONE}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("system", ["detr", "fpt"])
 def test_trace_steps_with_masks(system, tmp_path):
   """Traces the training and evaluation steps; compiling them takes a minute."""
@@ -129,6 +130,7 @@ def test_train_with_masks(system, tmp_path):
   assert any("nut" in name for name in scores)
 
 
+@pytest.mark.long
 def test_train_on_label_maps(tmp_path):
   root = write_label_maps(tmp_path, (0, 255), train=5, val=3)
   fields = f"values=0+255,class_names={root}/classes.txt"

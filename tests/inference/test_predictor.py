@@ -57,6 +57,7 @@ def test_batches_equal_single_images(vit_run, monkeypatch):
   assert predict([]) == []
 
 
+@pytest.mark.long
 def test_detections_of_several_sizes_equal_single_images():
   trained = load(official_file("detr_a"))
   trained = base.dataclasses.replace(

@@ -70,6 +70,7 @@ def test_run_predicts_image_of_any_size(detr_run):
   assert set(nothing.pictures) == {""}
 
 
+@pytest.mark.long
 def test_images_of_many_sizes_share_programs():
   trained = load(official_file("detr_a"))
   trained = dataclasses.replace(trained, prepare=lambda image: {"image": image.astype(np.float32)})

@@ -133,6 +133,7 @@ def assert_updates(params, tensors, outputs, model_config, tolerance):
   assert compared >= len(names)
 
 
+@pytest.mark.long
 def test_training_curve_of_detection_equals_official_code():
   outputs, history, tensors, params, model_config = train("train_detr_a")
   losses = np.array([metrics["loss"] for metrics in history])
@@ -176,6 +177,7 @@ def test_training_curve_in_float64_equals_official_code():
   np.testing.assert_allclose(norms, outputs["float64/grad_norm"], rtol=2e-6)
 
 
+@pytest.mark.long
 def test_training_curve_of_mask_head_equals_official_code():
   outputs, history, tensors, params, model_config = train("train_detr_panoptic_a")
   masks = np.array([metrics["mask_loss"] + metrics["dice_loss"] for metrics in history])

@@ -125,6 +125,7 @@ def test_window_attention_is_local_and_zero_padded():
     np.testing.assert_allclose(out[0, i, j], (weights @ values)[0, 0], atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["dot", "euclidean"])
 def test_bfloat16_gradients_of_many_blocks_are_near_float32(kind):
   mixture = jnp.asarray([[0.3, 0.7]])

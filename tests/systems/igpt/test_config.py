@@ -46,6 +46,7 @@ def demo(tmp_path_factory):
   return config, run(config, workdir), workdir
 
 
+@pytest.mark.long
 def test_demo_writes_scores_completions_and_probes(demo):
   _, outcome, workdir = demo
   assert outcome.finished

@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.inference.load import task_of
@@ -13,6 +14,7 @@ from vit_jax_zoo.weights import Pretrained
 from vit_jax_zoo.weights.preprocess import DETECTION
 
 
+@pytest.mark.long
 def test_exports_detect_same_objects(tmp_path):
   backbone = {"blocks": (1, 1, 1, 1), "widths": (4, 4, 8, 8), "stem_width": 4}
   limits = {"pre_nms_top_n": 40, "post_nms_top_n": 12}

@@ -50,6 +50,7 @@ def trees_equal(a, b):
   return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
+@pytest.mark.long
 def test_vgg_file_is_not_read_if_init_from_overwrites_it(released):
   path, params = released
   variables = Initializer(REC, path, fail_on_data())(fresh_variables(REC))
@@ -83,6 +84,7 @@ def test_fit_to_model_with_or_without_discriminator(released):
     weights.fit_to_model(gan_run, rec, "the run")
 
 
+@pytest.mark.long
 def test_released_weights_evaluate_without_vgg_and_training_data(released, tmp_path, monkeypatch):
   """Uses the recipe with all losses; the only files are the weights and CUFED5."""
   monkeypatch.setattr(trainer, "build", functools.partial(build, devices=jax.devices()[:1]))

@@ -47,6 +47,7 @@ def test_outputs_equal_official_code(load_golden, scan_layers):
   close(out["image"], "sr", 2e-5)  # in [-1, 1]; half of it in [0, 1]
 
 
+@pytest.mark.long
 def test_bfloat16_model_selects_same_patches(load_golden):
   _, inputs, expected = load_golden("ttsr_a")
   out, _ = golden_run("bfloat16")

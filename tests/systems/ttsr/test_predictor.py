@@ -78,6 +78,7 @@ def test_predictor_accepts_any_size_and_aspect_ratio(trained):
   assert predictor(smooth_image(1, 5, seed=2)).pictures[""].shape == (4, 20, 3)
 
 
+@pytest.mark.long
 def test_tiled_prediction_equals_untiled(trained):
   image, reference = smooth_image(67, 91, seed=2), smooth_image(64, 80, seed=3)
   options = Options(reference=reference)
