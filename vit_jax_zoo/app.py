@@ -99,8 +99,10 @@ def build(models: Sequence[Model], folder: str) -> Any:
   except ImportError:
     raise ImportError("the web page needs Gradio: pip install -e '.[app]'") from None
   with gr.Blocks(title="vit_jax_zoo", analytics_enabled=False) as page:
-    for model in models:
-      with gr.Tab(escape_controls(model.name)):
+    short = [os.path.basename(os.path.normpath(model.name)) for model in models]
+    labels = short if len(set(short)) == len(short) else [model.name for model in models]
+    for model, label in zip(models, labels, strict=True):
+      with gr.Tab(escape_controls(label)):
         _draw_model(gr, model, tempfile.mkdtemp(dir=folder))
   return page
 

@@ -120,7 +120,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
   monkeypatch.setenv("WANDB_MODE", "offline")
   run_id = run_twice(tmp_path, "wandb")
   folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
-  assert len(folders) == 2
+  assert 1 <= len(folders) <= 2  # names have the second
   for folder in folders:
     assert (folder / f"run-{run_id}.wandb").stat().st_size > 1000
     assert list(folder.rglob("test_batch*.png"))
@@ -154,10 +154,11 @@ def test_comet_offline(tmp_path, monkeypatch):
   archives = sorted(tmp_path.glob("*.zip"))
   assert len(archives) == 2
   assert all(run_id in path.name for path in archives)
-  with zipfile.ZipFile(archives[0]) as archive:
-    lines = archive.read("messages.json").decode()
-    assert "train/loss" in lines
-    assert "model.width" in lines
-    assert any(
-      "test_batch" in name or name.endswith(".png") for name in [*archive.namelist(), lines]
-    )
+  lines, names = "", []
+  for path in archives:  # the first run has the config; names do not tell which it is
+    with zipfile.ZipFile(path) as archive:
+      lines += archive.read("messages.json").decode()
+      names += archive.namelist()
+  assert "train/loss" in lines
+  assert "model.width" in lines
+  assert any("test_batch" in name or name.endswith(".png") for name in [*names, lines])
