@@ -2,7 +2,6 @@
 
 import contextlib
 import logging as python_logging
-import os
 import pathlib
 import signal
 import sys
@@ -57,10 +56,6 @@ def one_line_errors(*, show_traceback: bool) -> Iterator[None]:
   """Prints `USER_ERRORS` in one line on stderr and exits with status 2."""
   try:
     yield
-    sys.stdout.flush()
-  except BrokenPipeError:  # the reader of a pipe, such as `head`, has enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    raise SystemExit(1) from None
   except USER_ERRORS as error:
     if show_traceback:
       traceback.print_exc()
