@@ -6,7 +6,7 @@ r"""TTSR's whole forward pass: memory and time for one image.
 Sizes are height x width of the low-resolution image and of the reference. Memory is XLA's analysis,
 temporaries and (total) with arguments and results: with XLA's default schedule, and with the
 low-memory schedule that `predict` uses. For comparison, the memory of the official algorithm's full
-similarity matrix alone. "resident" is the growth of the process during one run.
+similarity matrix only. "resident" is the growth of the process during one run.
 """
 
 import argparse

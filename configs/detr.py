@@ -258,7 +258,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   Paper: none. DETR does not converge from scratch on a few thousand images: start from published
     weights; all but the class head are kept (facebookresearch/detr, issues 9, 125 and 169).
   Data: `source=coco:/path`, with splits `train` and `val`; see `data/sources/coco.py`; or
-    `hf:/path`, `hf:user/name`, boxes alone. Without a `val`:
+    `hf:/path`, `hf:user/name`, boxes only. Without a `val`:
     --config.data.train.split=train[:80%] --config.data.eval.val.split=train[80%:].
   Masks: `masks=true` also trains and evaluates instance masks, from the file's segmentations.
   Weights: `init_from`, a file, a published name or a run; by default the official ones, which are

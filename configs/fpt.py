@@ -87,7 +87,7 @@ def demo_mask(*, neck: str = "fpt", num_steps: int = 500, batch_size: int = 16) 
   """Mask R-CNN on the demo's scenes.
 
   Paper: none; see `demo`.
-  Hardware: any. Two CPU cores need a few minutes more than for boxes alone.
+  Hardware: any. Two CPU cores need a few minutes more than for boxes only.
   Expected: mask AP50 of 0.85, boxes as in `demo`.
   Ours: mask AP50 of 0.88 and AP of 0.54, box AP50 of 0.94 and AP of 0.66 on the 400 test scenes,
     one seed.

@@ -2,7 +2,7 @@
 
     python docs/make_plans.py
     python docs/make_plans.py --only='configs/vit.py:*v5e*' --optimization_level=O1
-    python docs/make_plans.py --only=nothing          the page alone, from docs/plans.json
+    python docs/make_plans.py --only=nothing          only the page, from docs/plans.json
 
 Each recipe is compiled in its own process by `vit_jax_zoo.plan`, for the slices in
 `docs/slices.toml`; `docs/plans.json` stores the results, one row per line, from which an

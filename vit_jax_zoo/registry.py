@@ -165,7 +165,7 @@ def create_model(name: str, **overrides: Any) -> Any:
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
-# Substitutions in other libraries' model names until it is one of ours, before `other_names`.
+# Substitutions in other libraries' model names until it is a name here, before `other_names`.
 _OTHER_NAMES = (
   (r"^[\w-]+/(?=[a-z])|\.\w+$|-in21k$", ""),  # owner, timm's tag
   (r"(?<=\d)[-_](224|256|384|512)$", ""),  # image size

@@ -49,9 +49,9 @@ def run(monkeypatch, script, *arguments):
   return runpy.run_path(str(SERVING / script), run_name="example")
 
 
-def test_jax_alone(program, image, expected, tmp_path, monkeypatch, capsys):
+def test_with_jax(program, image, expected, tmp_path, monkeypatch, capsys):
   Image.fromarray(image).save(tmp_path / "a.png")
-  run(monkeypatch, "jax_alone.py", program, tmp_path / "a.png")
+  run(monkeypatch, "with_jax.py", program, tmp_path / "a.png")
   assert capsys.readouterr().out == f"a.png {expected}\n"
 
 

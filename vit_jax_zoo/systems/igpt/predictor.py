@@ -43,7 +43,7 @@ class CompletionPredictor(Predictor):
     return [self._complete(image[None]) for image in batch["image"][: len(images)]]
 
   def _complete(self, image: np.ndarray) -> Result:
-    """Completes an image [1 h w 3]; alone, as random numbers depend on the batch."""
+    """Completes an image [1 h w 3]; one at a time, as random numbers depend on the batch."""
     height, width = image.shape[1:3]
     given = np.array([round(self._options.prefix_fraction * height) * width])
     inputs = {"image": image, "prefix_length": given}

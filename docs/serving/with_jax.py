@@ -1,6 +1,6 @@
 """Classifies images with an exported StableHLO program: needs jax, numpy and Pillow.
 
-python docs/serving/jax_alone.py out/program a.jpg b.png
+python docs/serving/with_jax.py out/program a.jpg b.png
 
 The program is exported with --format=stablehlo --with_preprocessing.
 """
