@@ -27,7 +27,7 @@ from vit_jax_zoo.inference.base import (
 )
 from vit_jax_zoo.inference.coco_json import box_annotation
 from vit_jax_zoo.inference.load import _Run, load
-from vit_jax_zoo.inference.video import open_video
+from vit_jax_zoo.inference.video import annotate, open_video
 from vit_jax_zoo.registry import registry_of
 from vit_jax_zoo.run_metadata import RunData
 from vit_jax_zoo.training.checkpoint import restore_variables
@@ -196,6 +196,34 @@ def test_video_gives_annotated_video_and_record_for_each_frame(tmp_path, monkeyp
     assert np.ptp(frame[60, max(20 * i - 3, 0) : 20 * i + 4].astype(int), axis=-1).max() > 60
   with pytest.raises(ValueError, match=r"--images=.*none\.mp4"):
     predict.predict_video(Square(), str(tmp_path / "none.mp4"), tmp_path / "out")
+
+
+def test_video_frame_has_names_of_classes():
+  def draw():
+    raise AssertionError("a figure for each frame")
+
+  frame = np.zeros((240, 320, 3), np.uint8)
+  one, two = (
+    annotate(frame, Result({}, draw, labels=("cat", "dog")[:n], scores=(0.9, 0.1)[:n]))
+    for n in (1, 2)
+  )
+  assert one.shape == two.shape == frame.shape
+  assert one[:14, :40].any()
+  assert not one[18:].any()
+  assert not one[:, 160:].any()
+  assert two[18:30, :40].any()
+  small = np.zeros((16, 16, 3), np.uint8)
+  many = Result({}, draw, labels=("cat",) * 5, scores=(0.2,) * 5)
+  assert annotate(small, many).shape == small.shape
+
+
+def test_video_frame_without_names_is_picture():
+  frame, picture = np.zeros((8, 8, 3), np.uint8), np.full((16, 16, 3), 7, np.uint8)
+  for fields in ({"image": picture}, {"labels": ["sky"], "mask": np.zeros((8, 8), int)}):
+    result = Result(
+      {}, lambda: {"": picture}, scores=[1.0] * len(fields.get("labels", [])), **fields
+    )
+    np.testing.assert_array_equal(annotate(frame, result), picture)
 
 
 def test_non_utf8_names_escaped(tmp_path):

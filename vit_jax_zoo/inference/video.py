@@ -38,19 +38,23 @@ def open_video(source: str) -> tuple[Iterator[Image], float, int | None]:
   return frames(), capture.get(cv2.CAP_PROP_FPS) or 25.0, count if count > 0 else None
 
 
-def annotate(frame: Image, result: Result) -> Image:
-  """Returns the frame with its objects, or the picture of a result without objects."""
-  if result.boxes is None:
+def annotate(frame: Image, result: Result) -> np.ndarray:
+  """Returns the frame with its objects or most probable classes, else the result's picture."""
+  if result.boxes is None and (result.mask is not None or not result.labels):
     return np.asarray(result.draw())
   colors = [COLORS[zlib.crc32(label.encode()) % len(COLORS)] for label in result.labels]
   frame, size = frame.copy(), max(11, len(frame) // 30)
   for mask, color in zip(() if result.masks is None else result.masks, colors, strict=False):
     frame[mask] = (frame[mask] + np.array(ImageColor.getrgb(color))) // 2
-  picture, font = PIL.Image.fromarray(frame), ImageFont.load_default(size)
-  draw, found = ImageDraw.Draw(picture), zip(result.labels, result.scores, strict=True)
-  for box, color, (label, score) in zip(result.boxes.tolist(), colors, found, strict=True):
-    corner, text = (box[0], max(0, box[1] - size)), f"{label} {score:.0%}"
-    draw.rectangle(box, outline=color, width=max(2, size // 6))
+  picture, font, line = PIL.Image.fromarray(frame), ImageFont.load_default(size), 4 * size // 3
+  draw = ImageDraw.Draw(picture)
+  corners = [(0, line * i) for i in range(max(1, len(frame) // (3 * line)))]  # of classes
+  if result.boxes is not None:
+    corners = [(left, max(0, top - size)) for left, top, *_ in result.boxes.tolist()]
+    for box, color in zip(result.boxes.tolist(), colors, strict=True):
+      draw.rectangle(box, outline=color, width=max(2, size // 6))
+  for corner, color, *found in zip(corners, colors, result.labels, result.scores, strict=False):
+    text = "{} {:.0%}".format(*found)
     draw.rectangle(draw.textbbox(corner, text, font=font), fill=color)
     draw.text(corner, text, fill="black", font=font)
   return np.asarray(picture)
