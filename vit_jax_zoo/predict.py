@@ -9,9 +9,9 @@ video file (`clip.mp4`) or camera (`0`), which gives an annotated video. Prints 
 image. Unreadable ones are logged and skipped; the exit status is then 1.
 """
 
+import contextlib
 import csv
 import glob
-import io
 import json
 import os
 import pathlib
@@ -41,6 +41,8 @@ EXIT_SOME_FAILED = 1
 
 _MAX_BYTES = 200  # of a picture's name without suffixes: file names have at most 255
 RESULTS, RECORDS = ("predictions.json", "predictions.csv"), "predictions.jsonl"
+COLUMNS = ("image", "frame", "label", "score", "left", "top", "right", "bottom", "error")
+_UTF_8: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
 MARK = ".predict_files"  # lists the files that this command wrote to a folder and may replace
 _DEFINE: Any = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
 
@@ -116,20 +118,20 @@ def predict_all(
   also `image_id`, None if the image is not in it. Detections are also written in COCO's formats,
   panoptic ones with `figures`.
   """
-  records = Records(output, form, truth)
-  pictures, collected = PictureFiles(output), CocoFiles(truth)
-  results = zip(paths, predict_each(model, paths), strict=True)
-  for path, (image, result) in track(results, "predicting", len(paths), "images"):
-    name, stem = escape_surrogates(str(path)), escape_surrogates(path.stem)
-    record: dict[str, Any] = {"image": name}
-    if truth is not None:
-      record["image_id"] = truth.image_ids.get(name)
-    if image is not None and isinstance(result, Result):
-      prefix, record["pictures"] = pictures.write(stem, result) if figures else (stem, [])
-      collected.add(name, prefix, image, result)
-    records.add(record, result)
-  more = collected.contents()
-  return records.finish({k: v for k, v in more.items() if figures or "panoptic" not in k})
+  with Records(output, form, truth) as records:
+    pictures, collected = PictureFiles(output), CocoFiles(truth)
+    results = zip(paths, predict_each(model, paths), strict=True)
+    for path, (image, result) in track(results, "predicting", len(paths), "images"):
+      name, stem = escape_surrogates(str(path)), escape_surrogates(path.stem)
+      record: dict[str, Any] = {"image": name}
+      if truth is not None:
+        record["image_id"] = truth.image_ids.get(name)
+      if image is not None and isinstance(result, Result):
+        prefix, record["pictures"] = pictures.write(stem, result) if figures else (stem, [])
+        collected.add(name, prefix, image, result)
+      records.add(record, result)
+    more = collected.contents()
+    return records.finish({k: v for k, v in more.items() if figures or "panoptic" not in k})
 
 
 def predict_video(
@@ -140,87 +142,87 @@ def predict_video(
   Writes `Records` with `image`, `frame` and the predictor's record, and `figures` as an MP4 file.
   """
   frames, rate, count = video.open_video(source)
-  records, writer = Records(output, form), None
   stem = f"camera_{source}" if source.isdecimal() else pathlib.Path(source).stem
-  name = PictureFiles(output).claim(escape_surrogates(stem), [""], ".mp4")[1][""]
-  results = enumerate(predict_each(model, frames))
-  try:
-    for number, (frame, result) in track(results, "predicting", count, "frames"):
-      if figures and frame is not None and isinstance(result, Result):
-        picture = video.annotate(frame, result)
-        if writer is None:
-          code, size = cv2.VideoWriter.fourcc(*"mp4v"), (picture.shape[1], picture.shape[0])
-          writer = cv2.VideoWriter(str(output / name), code, rate, size)
-          if not writer.isOpened():
-            raise ValueError(f"{output / name}: OpenCV cannot write MP4 here; use --no_figures")
-        writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-      records.add({"image": escape_surrogates(source), "frame": number}, result)
-  except KeyboardInterrupt:
-    if not source.isdecimal():
-      raise
-  finally:
-    if writer is not None:
-      writer.release()
-  return records.finish()
+  with Records(output, form) as records:
+    name = PictureFiles(output).claim(escape_surrogates(stem), [""], ".mp4")[1][""]
+    results, writer = enumerate(predict_each(model, frames)), None
+    try:
+      for number, (frame, result) in track(results, "predicting", count, "frames"):
+        if figures and frame is not None and isinstance(result, Result):
+          picture = video.annotate(frame, result)
+          if writer is None:
+            code, size = cv2.VideoWriter.fourcc(*"mp4v"), (picture.shape[1], picture.shape[0])
+            writer = cv2.VideoWriter(str(output / name), code, rate, size)
+            records.callback(writer.release)
+            if not writer.isOpened():
+              raise ValueError(f"{output / name}: OpenCV cannot write MP4 here; use --no_figures")
+          writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        records.add({"image": escape_surrogates(source), "frame": number}, result)
+    except KeyboardInterrupt:
+      if not source.isdecimal():
+        raise
+    return records.finish(unit="frames")
 
 
-COLUMNS = ("image", "frame", "label", "score", "left", "top", "right", "bottom", "error")
-
-
-class Records:
-  """Writes records to `predictions.jsonl`, at once, and all to `predictions.json` or `.csv`.
+class Records(contextlib.ExitStack):
+  """Writes records to `predictions.jsonl`, and either to `predictions.csv`, at once, or to `.json`.
 
   The table has a row for each object, or for the best class of each image. ValueError if a file
   would be replaced that this command did not write.
   """
 
   def __init__(self, output: pathlib.Path, form: str, truth: GroundTruth | None = None) -> None:
+    super().__init__()
     output.mkdir(parents=True, exist_ok=True)
     _check_outputs(output, truth)
     self._output, self._result = output, output / f"predictions.{form}"
     _mark(output, (self._result.name, RECORDS))
     for name in (*RESULTS, RECORDS, *FILES):  # of an earlier run
       (output / name).unlink(missing_ok=True)
-    self._records: list[dict[str, Any]] = []
-    self._rows: list[Sequence[Any]] = [COLUMNS]
-    self._failed = 0
+    self._count, self._failed, self._table = 0, 0, None
+    self._lines = self.enter_context((output / RECORDS).open("w+", buffering=1))
+    if form == "csv":
+      table = self.enter_context(self._result.open("w", buffering=1, newline="", **_UTF_8))
+      self._table = csv.writer(table, lineterminator="\n")
+      self._table.writerow(COLUMNS)
 
   def add(self, record: dict[str, Any], result: Result | ValueError) -> None:
     """Writes a result, and prints its summary; logs an error."""
     name, row = record["image"], [record["image"], record.get("frame", "")]
+    self._count += 1
     if isinstance(result, ValueError):
       self._failed += 1
       message = escape_surrogates(" ".join(str(result).split()))
       record = {**record, "error": message}
       has_path = isinstance(result, CorruptExampleError)
       logging.error("%s", message if has_path else f"{name}: {message}")
-      self._rows.append([*row, *[""] * 6, message])
+      rows = [[*row, *[""] * 6, message]]
     else:
       record = {**record, **result.record}
       shown = f"{name} {record['frame']}" if "frame" in record else name
       print(one_line(shown), one_line(result.summary), sep="  ")  # noqa: T201
       boxes = [[""] * 4] if result.boxes is None else result.boxes.tolist()
       found = zip(result.labels, result.scores, boxes, strict=False)
-      self._rows += [[*row, label, score, *box, ""] for label, score, box in found] or [
-        [*row, *[""] * 7]
-      ]
-    self._records.append(record)
-    with (self._output / RECORDS).open("a") as stream:
-      stream.write(json.dumps(record) + "\n")
+      rows = [[*row, label, score, *box, ""] for label, score, box in found] or [row + [""] * 7]
+    self._lines.write(json.dumps(record) + "\n")
+    if self._table:
+      self._table.writerows(rows)
 
-  def finish(self, more: Mapping[str, Any] | None = None) -> int:
-    """Writes the results, and further JSON files by name; returns the exit status."""
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows(self._rows)
-    files = {self._result.name: self._records, **(more or {})}
-    for file, content in files.items():
+  def finish(self, more: Mapping[str, Any] | None = None, unit: str = "images") -> int:
+    """Writes `predictions.json`, and further JSON files by name; returns the exit status."""
+    for file, content in (more or {}).items():
       _mark(self._output, [file])
-      if file.endswith(".csv"):
-        atomic_write.write(self._output / file, table.getvalue())
-      else:
-        atomic_write.write_json(self._output / file, content)
-    count = len(self._records)
-    logging.info("%d of %d images done: %s", count - self._failed, count, self._output)
+      atomic_write.write_json(self._output / file, content)
+    if self._table is None:
+      self._lines.seek(0)
+      unfinished = self._result.with_suffix(".json.tmp")
+      with unfinished.open("w", **_UTF_8) as stream:
+        texts = (json.dumps(json.loads(x), indent=1, ensure_ascii=False) for x in self._lines)
+        stream.writelines(f"{',' if i else '['}\n{text}" for i, text in enumerate(texts))
+        stream.write("\n]\n" if self._count else "[]\n")
+      unfinished.replace(self._result)
+    done = self._count - self._failed
+    logging.info("%d of %d %s done: %s", done, self._count, unit, self._output)
     return EXIT_SOME_FAILED if self._failed else 0
 
 

@@ -226,6 +226,31 @@ def test_video_frame_without_names_is_picture():
     np.testing.assert_array_equal(annotate(frame, result), picture)
 
 
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_records_written_at_once(form, tmp_path):
+  results = [Result({"mean": 1.0}, dict, labels=["größer"], scores=[0.5]), ValueError("too dark")]
+  with predict.Records(tmp_path, form) as records:
+    for number, result in enumerate(results):
+      records.add({"image": "a", "frame": number}, result)
+      lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
+      assert json.loads(lines[number])["frame"] == number
+      if form == "csv":
+        assert len((tmp_path / "predictions.csv").read_text("utf-8").splitlines()) == 2 + number
+    assert records.finish() == predict.EXIT_SOME_FAILED
+  if form == "json":
+    assert records_of(tmp_path) == [*map(json.loads, lines)]
+  else:
+    assert not (tmp_path / "predictions.json").exists()
+  expected = {f"predictions.{form}", "predictions.jsonl", predict.MARK}
+  assert {path.name for path in tmp_path.iterdir()} == expected
+
+
+def test_no_records(tmp_path):
+  with predict.Records(tmp_path, "json") as records:
+    assert records.finish() == 0
+  assert records_of(tmp_path) == []
+
+
 def test_non_utf8_names_escaped(tmp_path):
   paths = [*images_in(tmp_path, "b\udce9.png"), tmp_path / "lost\udce9.png"]
   assert (
