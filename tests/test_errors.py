@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -374,6 +375,17 @@ def test_command_error_one_line_without_traceback(tmp_path):
   assert len(errors) == 1
   assert "Traceback" not in output
   assert not (tmp_path / "config.json").exists()  # a corrected command can use the same workdir
+
+
+def test_closed_stdout_ends_quietly():
+  """As in `predict ... | head`."""
+  read, write = os.pipe()
+  os.close(read)
+  code = "from vit_jax_zoo import cli; cli.show('a.jpg  cat')"
+  options = {"stdout": write, "stderr": subprocess.PIPE, "cwd": command.ROOT}
+  done = subprocess.run([sys.executable, "-c", code], check=False, text=True, **options)
+  os.close(write)
+  assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_control_characters_escaped(capsys):

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging as python_logging
+import os
 import pathlib
 import signal
 import sys
@@ -67,6 +68,15 @@ def one_line_errors(*, show_traceback: bool) -> Iterator[None]:
     raise SystemExit(EXIT_ERROR) from None
 
 
+def show(text: str) -> None:
+  """Prints a result; exits with SIGPIPE's status if stdout's reader has ended, such as `head`."""
+  try:
+    print(escape_controls(text), flush=True)  # noqa: T201
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout again at the end
+    raise SystemExit(128 + signal.SIGPIPE) from None
+
+
 def _flag_of(error: Exception) -> str:
   """Returns "--flag: " if an error's file is in the file or folder of a flag, else ""."""
   if not (file := getattr(error, "filename", None)) or not flags.FLAGS.is_parsed():
@@ -88,7 +98,7 @@ def run(
 
   def parse(argv: list[str]) -> list[str]:
     if {"--help", "-help", "-h", "--helpshort"} & set(argv[1:]):
-      print(help_text(main))  # noqa: T201
+      show(help_text(main))
       raise SystemExit(0)
     for argument in argv[1:]:
       name = argument.lstrip("-").partition("=")[0]

@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 
 from vit_jax_zoo import cli
 from vit_jax_zoo.config import load
-from vit_jax_zoo.errors import escape_controls
 from vit_jax_zoo.planning.hardware import Machine, find_machine, simulated_slice
 from vit_jax_zoo.planning.plan import Plan, best, make_plan, search
 from vit_jax_zoo.planning.report import mesh, report, table
@@ -61,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
   else:
     tried = [make_plan(config, machine, name=FLAGS.config, overrides=list(argv[1:]))]
   chosen = best(tried) or tried[-1]
-  _print(report(chosen))
+  cli.show(report(chosen))
   if FLAGS.output:
     others = {"tried": [plan.as_json() for plan in tried]} if FLAGS.search else {}
     text = json.dumps(chosen.as_json() | others, indent=1) + "\n"
@@ -72,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 def _check(config: ConfigDict, overrides: list[str]) -> int:
   machine = simulated_slice(FLAGS.topology)
   plan = make_plan(config, machine, name=FLAGS.config, overrides=overrides, compile_step=False)
-  _print(
+  cli.show(
     f"{FLAGS.config} on {machine.name}: {plan.num_devices} devices, mesh {mesh(plan)}, "
     f"batch {plan.batch_size}, {plan.num_steps} steps; memory not checked (leave out --nocompile)"
   )
@@ -84,18 +83,14 @@ def _search(config: ConfigDict, machine: Machine) -> list[Plan]:
   plans: list[Plan] = []
   for plan in search(config, machine, name=FLAGS.config):
     plans.append(plan)
-    _print(table(plans) if len(plans) == 1 else table([plan]).splitlines()[-1])
+    cli.show(table(plans) if len(plans) == 1 else table([plan]).splitlines()[-1])
   if not plans:
     problem = f"batch_size {config.batch_size}: no mesh of {len(machine.devices)} devices splits it"
     raise ValueError(f"{problem}; use a smaller slice than {machine.name}, or another batch size")
   chosen = best(plans)
   result = "none fits" if chosen is None else f"selected: {' '.join(chosen.overrides)}"
-  _print(f"\n{len(plans)} compared, {result}\n")
+  cli.show(f"\n{len(plans)} compared, {result}\n")
   return plans
-
-
-def _print(text: str) -> None:
-  print(escape_controls(text), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ class Records(contextlib.ExitStack):
     else:
       record = {**record, **result.record}
       shown = f"{name} {record['frame']}" if "frame" in record else name
-      print(one_line(shown), one_line(result.summary), sep="  ")  # noqa: T201
+      cli.show(f"{one_line(shown)}  {one_line(result.summary)}")
       boxes = [[""] * 4] if result.boxes is None else result.boxes.tolist()
       found = zip(result.labels, result.scores, boxes, strict=False)
       rows = [[*row, label, score, *box, ""] for label, score, box in found] or [row + [""] * 7]
