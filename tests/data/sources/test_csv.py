@@ -84,6 +84,25 @@ def test_named_splits(tmp_path):
   assert [len(load_source(f"csv:{table}", split)) for split in ("train", "test")] == [2, 1]
 
 
+def test_other_columns_and_tab_separated_tables(tmp_path):
+  lines = ("file\tbreed\tpath\tlabel", "a.jpg\tpug\tx\t1", "b.jpg\tcorgi\tx\t1")
+  for split in ("train", "test"):
+    (tmp_path / f"{split}.tsv").write_text("\n".join(lines))
+  keys = {"image_key": "file", "label_key": "breed"}
+  source = load_source(f"csv:{tmp_path}", "train", **keys)
+  assert source.info.class_names == ("corgi", "pug")
+  names = [os.path.basename(source.example_name(i).split(" (")[0]) for i in range(2)]
+  assert dict(zip(names, source.labels(), strict=True)) == {"a.jpg": 1, "b.jpg": 0}
+  (tmp_path / "train.tsv").write_text("file\tcat\tdog\na.jpg\t1\t0\nb.jpg\t1\t1\n")
+  several = load_source(f"csv:{tmp_path / 'train.tsv'}", "all", image_key="file")
+  for name in "ab":
+    (tmp_path / f"{name}.jpg").write_bytes(b"")
+  assert sorted(several[i]["label"].tolist() for i in range(2)) == [[0], [0, 1]]
+  for wrong in ({"label_key": "species"}, {"image_key": "fil"}):
+    with pytest.raises(ValueError, match=r"train\.tsv: the header is file,cat,dog; .*image_key"):
+      load_source(f"csv:{tmp_path / 'train.tsv'}", "all", **(keys | wrong))
+
+
 def test_class_names_option(tmp_path):
   table = write(tmp_path / "labels.csv", "path,label", "a.jpg,dog", "b.jpg,cat")
   source = load_source(f"csv:{table}", "all", class_names=("dog", "cat", "cow"))

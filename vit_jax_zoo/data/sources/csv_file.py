@@ -9,9 +9,9 @@ an image any number of classes, for a sigmoid loss with the transform `multi_hot
 all integers are class ids; others are names, in sorted order or that of `class_names` or the
 columns. The delimiter is a comma, semicolon or tab; the text UTF-8.
 
-The location is a file, or a folder with `train.csv` and `test.csv` or `val.csv`. Without a test or
-validation set the examples are split by a hash of their paths, in whose order they are, and all
-names of splits are those of `folder:`.
+The location is a file, or a folder with `train.csv` and `test.csv` or `val.csv`, or `.tsv`. Without
+a test or validation set the examples are split by a hash of their paths, in whose order they are,
+and all names of splits are those of `folder:`.
 """
 
 import csv
@@ -41,19 +41,21 @@ class _Row(NamedTuple):
   split: str
 
 
-def open_splits(location: str, class_names: Sequence[str] | str | None = None) -> base.Splits:
-  """Reads the table or tables; `class_names` in the order of their ids, or in a text file.
-
-  FileNotFoundError without a table; ValueError, with file and row, for a wrong one.
-  """
+def open_splits(
+  location: str,
+  image_key: str = "path",  # name of the column of files
+  label_key: str = "label",  # name of the column of classes
+  class_names: Sequence[str] | str | None = None,  # in the order of their ids, or a text file
+) -> base.Splits:
+  """Reads tables: FileNotFoundError without, ValueError, with file and row, for a wrong one."""
   path = pathlib.Path(location).expanduser()
   tables = {path: "train"}
   if path.is_dir():
-    named = ((file, folder.split_of(file.stem)) for file in sorted(path.glob("*.csv")))
-    tables = {file: split for file, split in named if split}
+    files = sorted(path.glob("*.[ct]sv"))
+    tables = {file: split for file in files if (split := folder.split_of(file.stem))}
   if not tables or not all(map(os.path.isfile, tables)):
     raise FileNotFoundError(f"csv:{location}: no table; expected a file, or a folder of train.csv")
-  read = [_read(file, split) for file, split in tables.items()]
+  read = [_read(file, split, (image_key, label_key)) for file, split in tables.items()]
   columns = list(dict.fromkeys(name for classes, _ in read for name in classes))
   rows = sorted((row for _, rows in read for row in rows), key=folder.by_hash)
   if not rows:
@@ -69,8 +71,7 @@ def open_splits(location: str, class_names: Sequence[str] | str | None = None) -
     if not (several or row.labels):
       raise ValueError(f"{row.where}: label: empty; expected a class")
     labels = tuple(map(int, row.labels)) if are_ids else row.labels
-    label = labels if several else labels[0]
-    found.setdefault(row.split, []).append((row.path, label, row.where))
+    found.setdefault(row.split, []).append((row.path, labels if several else labels[0], row.where))
   names, label_name = class_names or columns, "{0[2]}: label:".format
   found, count, class_names = folder.encode_labels(found, names, label_name)
   info = base.DatasetInfo(f"csv:{location}", 0, count, class_names)
@@ -79,20 +80,24 @@ def open_splits(location: str, class_names: Sequence[str] | str | None = None) -
   return folder.hold_out_test(splits)
 
 
-def _read(file: pathlib.Path, split: str) -> tuple[list[str], list[_Row]]:
+def _read(file: pathlib.Path, split: str, keys: tuple[str, str]) -> tuple[list[str], list[_Row]]:
   """Returns the columns of classes, and the rows, of a table; `split` is that of all rows."""
   try:
     with open(file, encoding="utf-8-sig", newline="") as stream:
       header = stream.readline()
       stream.seek(0)
       reader = csv.DictReader(stream, delimiter=max(",;\t", key=header.count), strict=True)
+      columns = list(reader.fieldnames or ())
+      image_key, label_key = keys
+      renamed = {"path": "", "label": "", image_key: "path", label_key: "label"}
+      names = reader.fieldnames = [renamed.get(column, column) for column in columns]
       lines = [(reader.line_num, fields) for fields in reader]
   except (UnicodeDecodeError, csv.Error) as error:
     raise ValueError(f"{file}: not a table in UTF-8 ({error})") from None
-  columns = list(reader.fieldnames or ())
-  classes = [] if "label" in columns else [c for c in columns if c not in ("path", "split")]
-  if "path" not in columns or not (classes or "label" in columns):
-    expected = "path,label, or path and a column of 0 and 1 for each class"
+  several = label_key == "label" not in columns
+  classes = [c for c in names if c not in ("", "path", "split")] if several else []
+  if "path" not in names or not (classes or "label" in names):
+    expected = f"{image_key},{label_key} (image_key, label_key), or 0 and 1 for each class"
     raise ValueError(f"{file}: the header is {','.join(columns)}; expected {expected}")
   return classes, [_row(fields, classes, f"{file}, row {n}", split) for n, fields in lines]
 
