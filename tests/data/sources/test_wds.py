@@ -1,6 +1,7 @@
 """WebDataset shards, written by its package: samples, splits, index, exact resume, errors."""
 
 import gc
+import gzip
 import itertools
 import json
 import os
@@ -102,7 +103,7 @@ def test_index_of_read_only_folder_is_in_the_cache(shards, monkeypatch):
 
   monkeypatch.setattr(os, "replace", refuse)
   assert len(load_source(f"wds:{shards}/val-000.tar", "test")) == 4
-  assert [*shards.glob("*.json")] == []
+  assert [*shards.glob("*.json*")] == []
   monkeypatch.setattr(wds, "_read_samples", None)
   assert len(load_source(f"wds:{shards}/val-000.tar", "test")) == 4
 
@@ -167,6 +168,9 @@ def test_wrong_shards_raise(shards):
   (shards / "train-001.tar").write_bytes(whole[:2000])
   with pytest.raises(ValueError, match=r"train-001\.tar: not a whole tar file"):
     load_source(f"wds:{shards}", "train")
+  (shards / "a.tar.gz").write_bytes(gzip.compress(whole))
+  with pytest.raises(ValueError, match=r"a\.tar\.gz: compressed; .* gunzip "):
+    load_source(f"wds:{shards}/a.tar.gz", "train")
 
 
 def test_file_twice_in_a_sample_raises(tmp_path):

@@ -15,6 +15,7 @@ Each shard is indexed at its first use, in `<shard>.index.json` beside it, or in
 `$VIT_JAX_ZOO_CACHE` where that folder cannot be written; another size or time renews the index.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -99,7 +100,7 @@ def _find_shards(location: str) -> list[str]:
     shards = expand_braces(path)
   missing = [shard for shard in shards if not os.path.isfile(shard)] if shards else ["*.tar"]
   if missing:
-    expected = "a folder of *.tar files or a brace pattern of them, on a local disk"
+    expected = "a folder of *.tar files (not .gz) or a brace pattern of them, on a local disk"
     raise FileNotFoundError(f"wds:{location}: {missing[0]} is missing; expected {expected}")
   return shards
 
@@ -129,17 +130,19 @@ def _open_index(
     with tarfile.open(shard, "r:") as tar:
       samples = list(_read_samples(tar, shard, image_key, label_key, label_field))
   except tarfile.TarError as error:
+    if shard.endswith("gz"):
+      raise ValueError(f"{shard}: compressed; expected a tar file. gunzip {shard}") from None
     raise ValueError(f"{shard}: not a whole tar file ({error}); copy it again") from None
   content = json.dumps({"version": version, "samples": samples})
   for file in files:
-    try:
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):  # a read-only folder, or a full disk
       file.parent.mkdir(parents=True, exist_ok=True)
-      unfinished = file.with_name(f"{file.name}.{os.getpid()}")
       unfinished.write_text(content)
       unfinished.replace(file)
       break
-    except OSError:  # a read-only folder
-      continue
+    with contextlib.suppress(OSError):
+      unfinished.unlink()
   return samples
 
 
