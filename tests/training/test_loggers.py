@@ -54,10 +54,16 @@ def test_service_gets_everything(calls, tmp_path):
     ("hparams", {"model.width": 8}),
     ("scalars", 1, {"train/loss": 0.1}),
     ("scalars", 2, {"train/loss": 0.2}),
-    ("close",),
+    ("close", 0),
   ]
   assert not list(tmp_path.glob("events.out.tfevents.*"))  # no "tensorboard" in loggers
   assert len(read_metrics(tmp_path)) == 2
+
+
+def test_service_is_told_of_failed_run(calls, tmp_path):
+  with pytest.raises(RuntimeError), MetricWriter(tmp_path, loggers=("wandb",)):
+    raise RuntimeError("loss is NaN")
+  assert calls[-1] == ("close", 1)
 
 
 @pytest.mark.parametrize(("resume_step", "run_id"), [(1, "id1"), (None, None)])
@@ -133,6 +139,9 @@ def test_mlflow_in_sqlite(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
   run_id = run_twice(tmp_path / "run", "mlflow")
+  writer = MetricWriter(tmp_path / "failed", loggers=("mlflow",))
+  writer.write_config({"model": {f"field_{i}": i for i in range(150)}})
+  writer.close(failed=True)
   client = mlflow.MlflowClient()
   run = client.get_run(run_id)
   assert run.data.params == {"model.width": "8"}
@@ -142,7 +151,10 @@ def test_mlflow_in_sqlite(tmp_path, monkeypatch):
   assert "test/accuracy/a cat_s" in run.data.metrics
   assert client.list_artifacts(run_id, "images")
   with sqlite3.connect(tmp_path / "mlflow.db") as database:
-    assert database.execute("select count(*) from runs").fetchone() == (1,)
+    assert database.execute("select count(*) from runs").fetchone() == (2,)
+  failed = client.get_run(json.loads((tmp_path / "failed" / RUN_IDS).read_text())["mlflow"])
+  assert failed.info.status == "FAILED"
+  assert failed.data.params == {f"model.field_{i}": str(i) for i in range(150)}
 
 
 @pytest.mark.slow

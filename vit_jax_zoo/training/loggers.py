@@ -30,7 +30,7 @@ class Service(NamedTuple):
   scalars: Callable[[int, dict[str, float]], object]  # step, values by name
   image: Callable[[int, str, np.ndarray], object]  # step, name, uint8 [h w 3]
   hparams: Callable[[dict[str, Any]], object]
-  close: Callable[[], object]
+  close: Callable[[int], object]  # exit status, 0 unless the run failed
 
 
 def _wandb(wandb: Any, folder: str, name: str, run_id: str | None) -> Service:
@@ -61,13 +61,16 @@ def _mlflow(mlflow: Any, _: str, name: str, run_id: str | None) -> Service:
     client.log_batch(run_id, [make(valid(key), x, now, step) for key, x in values.items()])
 
   def hparams(values: dict[str, Any]) -> None:
-    for key, value in values.items():
-      client.log_param(run_id, valid(key), str(value)[:500])  # the maximum length
+    make = mlflow.entities.Param
+    client.log_batch(run_id, params=[make(valid(k), str(x)[:500]) for k, x in values.items()])
 
   def image(step: int, key: str, pixels: np.ndarray) -> None:
     client.log_image(run_id, pixels, key=valid(key), step=step)
 
-  return Service(run_id, scalars, image, hparams, lambda: client.set_terminated(run_id))
+  def close(status: int) -> None:
+    client.set_terminated(run_id, "FAILED" if status else "FINISHED")
+
+  return Service(run_id, scalars, image, hparams, close)
 
 
 def _comet(comet_ml: Any, folder: str, name: str, run_id: str | None) -> Service:
@@ -83,7 +86,7 @@ def _comet(comet_ml: Any, folder: str, name: str, run_id: str | None) -> Service
     scalars=lambda step, values: run.log_metrics(values, step=step),
     image=lambda step, key, pixels: run.log_image(pixels, name=key, step=step),
     hparams=run.log_parameters,
-    close=run.end,
+    close=lambda _: run.end(),
   )
 
 

@@ -106,8 +106,8 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
         self._tensorboard = EventFile(self._workdir, number=number, purge_step=last_step + 1)
     self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="metric_writer")
 
-  def __exit__(self, *_: object) -> None:
-    self.close()
+  def __exit__(self, kind: object, *_: object) -> None:
+    self.close(failed=kind is not None)
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     """Writes numbers and scalar arrays by name; does not block on those still being computed."""
@@ -138,8 +138,8 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
       if self._bucket:
         self._bucket.upload()
 
-  def close(self) -> None:
-    """Flushes and closes the files."""
+  def close(self, *, failed: bool = False) -> None:
+    """Flushes and closes the files, and the services' runs as finished or failed."""
     if not self._enabled:
       return
     try:
@@ -151,7 +151,7 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
         for part in (self._bucket, self._tensorboard, self._file):
           if part:
             stack.callback(part.close)
-        self._send("close")
+        self._send("close", int(failed))
 
   def _submit(self, write: Callable[..., None], *args: Any) -> None:
     if self._enabled:
