@@ -88,6 +88,7 @@ def test_usage_has_inputs_of_program(tmp_path):
   ):
     card = model_card.write(epath.Path(tmp_path), form, "vit_hf_a", loaded, "mit", "")
     assert call in code_of(card.read_text())
+    assert "zoo.load_pretrained" in code_of(card.read_text())
 
 
 def test_readme_of_others_is_kept(tmp_path):
