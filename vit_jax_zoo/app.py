@@ -45,26 +45,26 @@ def main(argv: Sequence[str]) -> int:
   if not (paths := [*FLAGS.model, *argv[1:]]):
     raise ValueError("--model is missing; expected a run's folder, or a published file or name")
   with tempfile.TemporaryDirectory() as folder:
+    os.environ.setdefault("GRADIO_TEMP_DIR", folder)  # of uploads
     page = build([Model(path) for path in paths], folder)
     page.launch(server_name=FLAGS.host, server_port=FLAGS.port, share=FLAGS.share, show_error=True)
   return 0
 
 
 class Model:
-  """A model of the page, with the options that are images: they have a field each."""
+  """A model of the page; `inputs` are its fields: the image, and options that are images."""
 
   def __init__(self, path: str) -> None:
     self.name = path
     self._trained = load(path)
     self._kind = predictor_class(self._trained)
     read = [option for option in list_options() if option.name in self._kind.reads]
-    self.image_options = [option for option in read if option.type is pathlib.Path]
+    self.inputs = ["image", *(option.name for option in read if option.type is pathlib.Path)]
     self._predictors: dict[bytes, Any] = {}  # the last one, by the images among its options
 
-  def predict(self, image: str | None, *options: str | None) -> Result:
-    """Returns the result for an image file, given those of `image_options`."""
-    names = ["image", *(option.name for option in self.image_options)]
-    files = dict(zip(names, (image, *options), strict=True))
+  def predict(self, *images: str | None) -> Result:
+    """Returns the result for the image files of `inputs`."""
+    files = dict(zip(self.inputs, images, strict=True))
     if missing := [name for name, file in files.items() if not file]:
       raise ValueError(f"{missing[0]}: missing; drop an image there")
     pixels = {name: read_image(str(file)) for name, file in files.items()}
@@ -110,12 +110,11 @@ def build(models: Sequence[Model], folder: str) -> Any:
 def _draw_model(gr: Any, model: Model, folder: str) -> None:
   with gr.Row():
     with gr.Column():
-      names = ["image", *(option.name for option in model.image_options)]
-      inputs = [gr.Image(type="filepath", label=name, height=300) for name in names]
+      inputs = [gr.Image(type="filepath", label=name, height=300) for name in model.inputs]
       button = gr.Button("Predict", variant="primary")
       if examples := model.examples():
         files = [
-          [_as_file(folder, f"{i}_{name}", example[name]) for name in names]
+          [_as_file(folder, f"{i}_{name}", example[name]) for name in model.inputs]
           for i, example in enumerate(examples)
         ]
         gr.Examples(files, inputs, label="from the test data")

@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -53,6 +54,25 @@ def test_examples_are_test_images(vit_run):
   examples = app.Model(str(vit_run)).examples()
   assert 1 < len(examples) <= 4
   assert all(example["image"].shape == (8, 8, 3) for example in examples)
+
+
+def test_files_are_removed_at_the_end(monkeypatch):
+  """Examples, and uploads, which Gradio keeps in the folder of a variable."""
+
+  class Page:
+    def launch(self, **options):
+      assert os.environ["GRADIO_TEMP_DIR"] in folders
+      assert options["server_name"] == "127.0.0.1"
+
+  folders = []
+  environment = {k: v for k, v in os.environ.items() if k != "GRADIO_TEMP_DIR"}
+  monkeypatch.setattr(os, "environ", environment)
+  monkeypatch.setattr(app, "Model", str)
+  monkeypatch.setattr(app, "build", lambda models, folder: folders.append(folder) or Page())
+  flags = {"model": ["runs/x"], "host": "127.0.0.1", "port": 1, "share": False}
+  monkeypatch.setattr(app, "FLAGS", types.SimpleNamespace(**flags))
+  assert app.main(["app"]) == 0
+  assert not os.path.exists(folders[0])
 
 
 def test_page_without_gradio_names_extra(monkeypatch):
@@ -108,7 +128,7 @@ def upload(tab, model, photo):
   tab.get_by_role("tab", name=os.path.basename(model.name), exact=True).click()
   shown = tab.get_by_role("tabpanel").filter(visible=True)
   fields = shown.locator("input[type=file]")
-  count = 1 + len(model.image_options)
+  count = len(model.inputs)
   for i in range(count):  # a field may go when it has an image
     fields.nth(i if fields.count() == count else 0).set_input_files(photo)
     tab.wait_for_timeout(1000)
