@@ -1,9 +1,9 @@
 r"""Time of `predict --no_figures` over that of its compiled model; the target is below 1.1.
 
     python benchmarks/predict_speed.py
-    python benchmarks/predict_speed.py --images=64 --rounds=3 --batch_size=16
+    python benchmarks/predict_speed.py --images=64 --rounds=3 --batch_size=16 --image_size=384
 
-JPEG files of 224 px, cut out of the demo photographs, and a ViT of random weights. In turns:
+JPEG files, cut out of the demo photographs, and a ViT of random weights. In turns:
 
 * bare: the compiled model on batches that lie ready, with a wait after each;
 * predict: files to `predictions.json`, lines on a terminal (discarded) and JSON lines included.
@@ -29,31 +29,29 @@ from vit_jax_zoo.inference.base import Options, Trained
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.weights import Preprocess
 
-SIDE = 224
 
-
-def write_images(folder: pathlib.Path, count: int) -> list[pathlib.Path]:
-  """Writes random crops of photographs as JPEG files."""
+def write_images(folder: pathlib.Path, count: int, side: int) -> list[pathlib.Path]:
+  """Writes random square crops of photographs as JPEG files."""
   rng, photos = np.random.default_rng(0), [data.astronaut(), data.chelsea(), data.coffee()]
   paths = [folder / f"{i:04}.jpg" for i in range(count)]
   for i, path in enumerate(paths):
     photo = photos[i % len(photos)]
-    top, left = (rng.integers(0, side - SIDE) for side in photo.shape[:2])
-    Image.fromarray(photo[top : top + SIDE, left : left + SIDE]).save(path, quality=90)
+    top, left = (rng.integers(0, length - side) for length in photo.shape[:2])
+    Image.fromarray(photo[top : top + side, left : left + side]).save(path, quality=90)
   return paths
 
 
-def make_predictor(name: str, batch_size: int) -> Any:
+def make_predictor(name: str, batch_size: int, side: int) -> Any:
   """Returns the predictor of a classifier with random weights."""
   model = create_model(name, num_classes=1000)
   task = create_task("classification", model, num_classes=1000)
-  batch = {"image": jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), np.uint8)}
+  batch = {"image": jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)}
   shapes, rng = jax.eval_shape(task.init, jax.random.key(0), batch), np.random.default_rng(0)
   variables = jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, x.dtype), shapes)
-  preprocess = Preprocess((SIDE, SIDE), 0.5, 0.5, "crop", "bicubic", 0.9)
+  preprocess = Preprocess((side, side), 0.5, 0.5, "crop", "bicubic", 0.9)
   prepare = lambda image: {"image": preprocess.resize(image)}  # noqa: E731
   predictor = create_predictor(
-    Trained("random", task, variables, prepare, (SIDE, SIDE), name), Options()
+    Trained("random", task, variables, prepare, (side, side), name), Options()
   )
   predictor.batch_size = batch_size
   return predictor
@@ -64,15 +62,16 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument("--model", default="vit_s16")
   parser.add_argument("--images", type=int, default=500)
+  parser.add_argument("--image_size", type=int, default=224)
   parser.add_argument("--batch_size", type=int, default=8)
   parser.add_argument("--workers", type=int, default=4)
   parser.add_argument("--rounds", type=int, default=3)
   flags = parser.parse_args()
-  predictor = make_predictor(flags.model, flags.batch_size)
+  predictor = make_predictor(flags.model, flags.batch_size, flags.image_size)
   predictor.workers = flags.workers
   with tempfile.TemporaryDirectory() as name, open(os.devnull, "w") as nowhere:
     folder = pathlib.Path(name)
-    paths = write_images(folder, flags.images)
+    paths = write_images(folder, flags.images, flags.image_size)
     first = [predictor.prepare(np.asarray(Image.open(p)))["image"] for p in paths]
     batches = np.array_split(np.stack(first), range(flags.batch_size, len(paths), flags.batch_size))
     compiled, variables = predictor._logits, predictor._trained.variables
