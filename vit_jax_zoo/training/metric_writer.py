@@ -236,7 +236,6 @@ class _Bucket:
       (self._remote / path.relative_to(self.local)).unlink(missing_ok=True)
 
   def close(self) -> None:
-    """Uploads the rest and removes the local directory."""
     self.upload()
     self._directory.cleanup()
 
