@@ -18,7 +18,7 @@ for _ in range(20):
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   f(x).block_until_ready()
   faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(sum(faults[10:]))
+print(sorted(faults)[10])  # the median: now and then the heap still grows
 """
 
 HAS_GLIBC = sys.platform == "linux" and "glibc" in (os.confstr("CS_GNU_LIBC_VERSION") or "")
@@ -31,7 +31,7 @@ def test_freed_memory_reused_without_page_faults():
     command = [sys.executable, "-c", COUNT_FAULTS.format(call=call)]
     return int(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
 
-  assert 4 * faults_of("assert keep_freed_memory()") < faults_of("")
+  assert 10 * faults_of("assert keep_freed_memory()") < faults_of("")
 
 
 def test_accelerators_not_configured(monkeypatch):
