@@ -8,7 +8,9 @@ import json
 import os
 import pathlib
 import platform
+import resource
 import signal
+import sys
 import tempfile
 from importlib import metadata
 
@@ -38,24 +40,36 @@ jax.config.update("jax_default_matmul_precision", "float32")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags
 
-# Tests share compiled programs. The folder belongs to this process: cache files are not written
-# atomically, so a second process could read a partial file.
+# Tests share compiled programs that take longer than writing them. The folder belongs to this
+# process: cache files are not written atomically, so a second process could read a partial file.
 _CACHE = tempfile.TemporaryDirectory(prefix="compiled_")
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+# Source lines of operations, a tenth of the time of tracing.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
 def pytest_collection_finish():
-  """Excludes the objects of imported modules from garbage collection, which visits a million."""
+  """Leaves garbage collection, a tenth of the time of tracing, to `_bounded_memory`."""
   gc.collect()
-  gc.freeze()
+  gc.freeze()  # the million objects of imported modules
+  gc.disable()
+
+
+def _resident_bytes():
+  try:
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+  except FileNotFoundError:  # not Linux
+    return sys.maxsize
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _bounded_memory():
-  """Drops compiled programs after each file; a worker that keeps all of them grows to 3 GB."""
+  """Drops compiled programs after a file if the worker is large; it would grow to 3 GB."""
   yield
+  if _resident_bytes() < 10**9:
+    return
   jax.clear_caches()
   gc.collect()
   if platform.libc_ver()[0] == "glibc":  # which keeps freed memory of small objects
