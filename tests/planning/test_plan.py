@@ -159,7 +159,10 @@ def test_needed_memory_from_error(message, needed):
   assert needed_memory(message, given) == needed
 
 
-def test_plans_bypass_compilation_cache():
+def test_plans_bypass_compilation_cache(request):
+  least = "jax_persistent_cache_min_compile_time_secs"
+  request.addfinalizer(functools.partial(jax.config.update, least, jax.config.values[least]))
+  jax.config.update(least, 0)
   cache = pathlib.Path(jax.config.jax_compilation_cache_dir)
   lowered = jax.jit(lambda x: x * 3.25 + 7).lower(1.0)  # not compiled by another test
   before = set(cache.iterdir())
