@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 from PIL import ImageColor, ImageDraw, ImageFont
 
-from vit_jax_zoo.figures.detection import COLORS
+from vit_jax_zoo.figures.detection import COLORS, DARK
 from vit_jax_zoo.inference.base import Image, Result
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
@@ -56,5 +56,5 @@ def annotate(frame: Image, result: Result) -> np.ndarray:
   for corner, color, *found in zip(corners, colors, result.labels, result.scores, strict=False):
     text = "{} {:.0%}".format(*found)
     draw.rectangle(draw.textbbox(corner, text, font=font), fill=color)
-    draw.text(corner, text, fill="black", font=font)
+    draw.text(corner, text, fill="white" if color in DARK else "black", font=font)
   return np.asarray(picture)
