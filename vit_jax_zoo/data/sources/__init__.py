@@ -1,7 +1,7 @@
 """Sources of examples by name: `kind:location`, and a split.
 
     demo:digits demo:photos       images that ship with Python packages: no files needed
-    demo:scenes                   digits in front of textures: boxes, masks, stuff
+    demo:scenes demo:shapes       digits or shapes in front of textures: boxes, masks, stuff
     folder:/path                  a folder for each class
     csv:/path/labels.csv          a table of image files and labels
     coco:/path                    images with boxes, masks or segments in COCO's format

@@ -1,11 +1,13 @@
 """Demo datasets from images in the wheels of scikit-learn and scikit-image.
 
-They are prepared as ArrayRecord at their first use (1 to 2 s, scenes 10 s; no
+They are prepared as ArrayRecord at their first use (1 to 2 s, scenes and shapes 10 s; no
 download, no TensorFlow) in `$VIT_JAX_ZOO_CACHE`, or in `vit_jax_zoo` below `$XDG_CACHE_HOME` or
 `~/.cache`, and read as ImageNet is. One example in five is in the test split.
 """
 
+import colorsys
 import dataclasses
+import functools
 import importlib.resources
 import io
 import os
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 from jaxtyping import Bool, Float, Float32, Int, UInt8
 from PIL import Image
 
@@ -63,7 +66,8 @@ def _short_side(image: np.ndarray, size: int) -> np.ndarray:
 
 def _encode(image: np.ndarray, image_format: str) -> bytes:
   buffer = io.BytesIO()
-  Image.fromarray(image).save(buffer, image_format, quality=95)  # PNG ignores the quality
+  options = {"compress_level": 1} if image_format == "png" else {"quality": 95}
+  Image.fromarray(image).save(buffer, image_format, **options)
   return buffer.getvalue()
 
 
@@ -243,24 +247,139 @@ def _painted(
   return image + stroke[..., None] * (color - image)
 
 
-def _record(scene: Scene, number: int) -> Record:
+def _record(scene: Scene, number: int, stuff_from: int = STUFF_FROM) -> Record:
   ids = np.zeros((SIZE, SIZE, 3), np.uint8)
   ids[..., 0] = scene.segment_map + 1
   segments = []
-  for i, label in enumerate(scene.labels):
-    rows, columns = np.nonzero(scene.segment_map == i)
-    if len(rows):  # it is visible
-      edges = (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1)
-      box = tfds.features.BBox(*(float(edge) / SIZE for edge in edges))
-      segment = {"area": len(rows), "bbox": box, "id": i + 1, "is_crowd": False, "label": label}
+  areas = np.bincount(scene.segment_map.ravel(), minlength=len(scene.labels)).tolist()
+  for i, (label, area) in enumerate(zip(scene.labels, areas, strict=True)):
+    if area:  # it is visible
+      left, top, width, height = cv2.boundingRect((ids[..., 0] == i + 1).view(np.uint8))
+      edges = (top, left, top + height, left + width)
+      box = tfds.features.BBox(*(edge / SIZE for edge in edges))
+      segment = {"area": area, "bbox": box, "id": i + 1, "is_crowd": False, "label": label}
       segments.append(segment)
   return {
     "image": _encode(scene.image, "jpeg"),
     "image/id": number,
-    "objects": [segment for segment in segments if segment["label"] < STUFF_FROM],
+    "objects": [segment for segment in segments if segment["label"] < stuff_from],
     "panoptic_image": _encode(ids, "png"),
     "panoptic_objects": segments,
   }
+
+
+# demo:shapes
+
+SHAPE_COUNTS = {"train": 10_000, "test": 1000}
+
+SHAPES = (
+  "bar", "crescent", "disk", "dumbbell", "flower", "half disk", "heart", "hourglass", "ring",
+  "sector", "spark", "square", "triangle", "cross", "frame", "H", "L", "T", "U", "Z",
+)  # fmt: skip
+
+SURFACES = {
+  **{name: f"skimage/data/{name}.png" for name in ("brick", "grass", "gravel")},
+  **{name: name for name in TEXTURES},
+}
+"""Textured photographs behind the shapes, by class of stuff, with their paths in the wheels."""
+
+
+@functools.cache
+def silhouettes() -> tuple[Float32[np.ndarray, "_ _"], ...]:
+  """Returns the opacity of each of `SHAPES`, within a disk, in [0, 1]."""
+  y, x = (np.mgrid[:256, :256] + 0.5) / 128 - 1
+  radius, angle, large = np.hypot(x, y), np.arctan2(y, x), np.maximum(abs(x), abs(y))
+  inside = {
+    "bar": (abs(x) < 0.85) & (abs(y) < 0.25),
+    "crescent": (radius < 0.9) & (np.hypot(x - 0.45, y) > 0.75),
+    "disk": radius < 0.85,
+    "dumbbell": (np.hypot(abs(x) - 0.55, y) < 0.35) | ((abs(x) < 0.5) & (abs(y) < 0.12)),
+    "flower": radius < 0.62 + 0.28 * np.cos(5 * angle),
+    "half disk": (radius < 0.9) & (y > 0),
+    "heart": (1.3 * x * x + (1.3 * y) ** 2 - 0.6) ** 3 < -1.9 * x * x * y**3,
+    "hourglass": (abs(x) < abs(y)) & (abs(y) < 0.65),
+    "ring": (radius < 0.9) & (radius > 0.5),
+    "sector": (radius < 0.9) & (abs(angle) > 0.7),
+    "spark": np.sqrt(abs(x)) + np.sqrt(abs(y)) < 0.97,
+    "square": large < 0.62,
+    "triangle": (y < 0.5) & (y > 2 * abs(x) - 0.9),
+  }
+  cells = (0o272, 0o757, 0o575, 0o447, 0o722, 0o557, 0o623)  # a digit for each row of 3x3 cells
+  row, column = (np.clip((axis / 0.65 + 1) * 1.5, 0, 2).astype(int) for axis in (y, x))
+  for name, bits in zip(SHAPES[-7:], cells, strict=True):
+    inside[name] = (bits >> (8 - 3 * row - column) & 1 > 0) & (large < 0.65)
+  masks = (inside[name].astype(np.float32) for name in SHAPES)
+  return tuple(cv2.resize(mask, (SIZE, SIZE), interpolation=cv2.INTER_AREA) for mask in masks)
+
+
+def shapes(split: str, count: int | None = None) -> Iterator[Record]:
+  """Yields scenes of textured shapes, for classification, detection and segmentation.
+
+  A scene, 64x64, has two regions of texture (eight classes of stuff) and one to six shapes (twenty
+  classes of things) of any rotation and of sides from 8 to 54 pixels, each at least 75 % visible.
+  `label` is the class of the largest one, with 2.5 times the side of the others at least; other
+  features are those of `scenes`. 10,000 training and 1000 test scenes, or `count`, have no
+  photographic texture in common.
+  """
+  surfaces, seed = [_squares(path, split) for path in SURFACES.values()], {"train": 3, "test": 4}
+  first = 0 if split == "train" else 10_000_000  # ids differ for any count
+  for number in range(SHAPE_COUNTS[split] if count is None else count):
+    scene = draw_shapes(surfaces, np.random.default_rng((seed[split], number)))
+    yield {**_record(scene, first + number, len(SHAPES)), "label": scene.labels[2]}
+
+
+def draw_shapes(surfaces: list[UInt8[np.ndarray, "_ _ _ 3"]], rng: np.random.Generator) -> Scene:
+  """Draws a scene: two textures, the largest shape, then others in front of it."""
+  opacities, textures = silhouettes(), rng.choice(len(surfaces), 2, replace=False)
+  segment_map = _regions(rng)
+  first, second = (np.float32(rng.uniform(0.5, 1)) * _texture(surfaces[t], rng) for t in textures)
+  image = np.where(segment_map[..., None] == 0, first, second)
+  labels, areas = [len(opacities) + int(t) for t in textures], [0, 0]
+  largest = rng.uniform(30, 54)
+  others = np.geomspace(8, largest / 2.5, 100)[rng.integers(100, size=rng.integers(6))]
+  for side in (round(largest), *(round(s) for s in sorted(others, reverse=True))):
+    for _ in range(8):  # attempts to place it
+      label = int(rng.integers(len(opacities)))
+      turned, (top, left) = _turned(opacities[label], side, rng), rng.integers(SIZE - side, size=2)
+      window, after = np.s_[top : top + side, left : left + side], segment_map.copy()
+      after[window][turned > 0.5] = len(labels)
+      visible = np.bincount(after.ravel(), minlength=len(labels) + 1)
+      if visible[-1] and all(visible[2:-1] >= 0.75 * np.array(areas[2:])):
+        segment_map, image[window] = after, _colored(image[window], turned, rng)
+        labels.append(label)
+        areas.append(int(visible[-1]))
+        break
+  return Scene(np.round(image).astype(np.uint8), segment_map, tuple(labels))
+
+
+def _turned(opacity: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
+  """Returns a silhouette [side side], turned by a random angle."""
+  small, middle = cv2.resize(opacity, (side, side), interpolation=cv2.INTER_AREA), (side - 1) / 2
+  turn = cv2.getRotationMatrix2D((middle, middle), rng.uniform(0, 360), 1)
+  return cv2.warpAffine(small, turn, (side, side), flags=cv2.INTER_LINEAR)
+
+
+def _colored(image: np.ndarray, opacity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Draws a silhouette [s s] on an image [s s 3]: bright or dark, with a pattern and an outline."""
+  color = 255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.2, 0.9), 1), np.float32)
+  is_bright, side, patterns = rng.random() < 0.5, len(image), _patterns()
+  pattern = patterns[rng.integers(len(patterns)), :side, :side, None]
+  fill = (color if is_bright else np.float32(0.35) * color) * pattern
+  seam = 0.8 * cv2.dilate(opacity, np.ones((3, 3)))[..., None]
+  image = image * (1 - seam) + seam * (0 if is_bright else 255)
+  return image + opacity[..., None] * (fill - image)
+
+
+@functools.cache
+def _patterns() -> Float32[np.ndarray, "n _ _"]:
+  """Returns the brightness of plain, striped and checked squares, 40 of each."""
+  (y, x), patterns, rng = np.mgrid[:SIZE, :SIZE], [], np.random.default_rng(5)
+  for kind in np.repeat(range(3), 40):
+    angle, period = rng.uniform(0, np.pi), rng.uniform(4, 9)  # in pixels
+    turned = (x + 1j * y) * np.exp(1j * angle) * 2 * np.pi / period
+    waves = np.sin(turned.real) * (np.sin(turned.imag) if kind == 2 else 1)
+    patterns.append(1 - 0.4 * ((waves > 0) & (kind > 0)))
+  return np.stack(patterns).astype(np.float32)
 
 
 # demo:stereo
@@ -357,34 +476,38 @@ def _objects(names: Iterable[str]) -> tfds.features.Sequence:
   return tfds.features.Sequence({**box, "is_crowd": np.bool_, "label": _label(names)})
 
 
+def _scene_features(things: tuple[str, ...], stuff: Iterable[str]) -> Record:
+  return {
+    "image": _image(SIZE, 3, "jpeg"),
+    "image/id": np.int64,
+    "objects": _objects(things),
+    "panoptic_image": _image(SIZE, 3, "png"),
+    "panoptic_objects": _objects((*things, *stuff)),
+  }
+
+
 DEMOS = {
   "digits": Demo(digits, {"image": _image(8, 1, "png"), "label": _label(DIGITS)}),
   "photos": Demo(photos, {"image": _image(64, 3, "jpeg"), "label": _label(PHOTOS)}),
-  "scenes": Demo(
-    scenes,
-    {
-      "image": _image(SIZE, 3, "jpeg"),
-      "image/id": np.int64,
-      "objects": _objects(DIGITS),
-      "panoptic_image": _image(SIZE, 3, "png"),
-      "panoptic_objects": _objects((*DIGITS, *TEXTURES)),
-    },
-  ),
+  "scenes": Demo(scenes, _scene_features(DIGITS, TEXTURES)),
+  "shapes": Demo(shapes, {**_scene_features(SHAPES, SURFACES), "label": _label(SHAPES)}),
   "stereo": Demo(stereo, dict.fromkeys(("image", "reference"), _image(None, 3, "png")), False),
 }
 
 
-def open_splits(location: str, *, panoptic: bool = False) -> Splits:
+def open_splits(location: str, *, label_key: str | None = None, panoptic: bool = False) -> Splits:
   """Opens a demo by its name; prepares it at its first use.
 
-  With `panoptic`, scenes have things and stuff with their segments. ValueError for an unknown demo,
-  or one without segments; OSError if the cache folder cannot be written.
+  With `panoptic`, scenes and shapes have things and stuff with their segments; with
+  `label_key="label"`, shapes have one label an image. ValueError for an unknown demo, or one
+  without these; OSError if the cache folder cannot be written.
   """
   check_names("demo", [location], DEMOS)
   folder = cache_dir() / "demos" / location / "1.0.0"
   if not folder.is_dir():
+    logging.info("preparing demo:%s in %s, at its first use", location, folder)
     _prepare(location, folder)
-  return tfds_source.open_folder(folder, f"demo:{location}", panoptic=panoptic)
+  return tfds_source.open_folder(folder, f"demo:{location}", (None, label_key), panoptic=panoptic)
 
 
 def _prepare(name: str, folder: pathlib.Path) -> None:
