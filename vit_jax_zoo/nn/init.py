@@ -1,5 +1,6 @@
 """Initializers of PyTorch and of the published detection code."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 """PyTorch's `kaiming_normal_(mode="fan_out")`: ResNets, R-CNN's convolutions."""
 
 
+@functools.cache
 def pytorch_uniform(fan_in: int | None = None) -> nn.initializers.Initializer:
   """Returns PyTorch's default init of dense layers and convolutions: U(-b, b), b = fan_in^-0.5.
 
