@@ -20,14 +20,9 @@ from tests.systems.ttsr.goldens import (
   vgg_params,
 )
 from vit_jax_zoo.config import rename_fields
-from vit_jax_zoo.systems.ttsr.losses import transferal_loss, wasserstein_loss
+from vit_jax_zoo.systems.ttsr.losses import Discriminator, transferal_loss, wasserstein_loss
 from vit_jax_zoo.systems.ttsr.model import SHARDING_RULES
-from vit_jax_zoo.systems.ttsr.task import (
-  INPUTS,
-  SuperResolution,
-  exchange_references,
-  to_pixels,
-)
+from vit_jax_zoo.systems.ttsr.task import SuperResolution, exchange_references, to_pixels
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
 from vit_jax_zoo.training import sharding
@@ -135,36 +130,48 @@ def tiny_batch(count=2, seed=0):
   }
 
 
-@functools.cache
-def tiny_variables():
-  shapes = jax.eval_shape(SuperResolution(TINY).init, jax.random.key(0), tiny_batch())
-  rng = np.random.default_rng(1)
-  return jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), shapes)
+class Scale:
+  """A generator that scales the sum of the enlarged image and of the reference's mean colour."""
+
+  variables: ClassVar = {"params": {"generator": {"scale": np.float32(0.4)}}}
+
+  def init(self, rng, *images):
+    return {"params": {"scale": jnp.ones(())}}
+
+  def apply(self, variables, low_res, upsampled, reference, blurred):
+    colour = jnp.mean(reference, axis=(1, 2), keepdims=True)
+    cells = low_res.shape[:3]
+    return {
+      "image": variables["params"]["scale"] * (upsampled + colour),
+      "hard_attention": jnp.zeros(cells, jnp.int32),
+      "soft_attention": jnp.ones(cells),
+    }
 
 
-def tiny_loss(batch):
-  task = SuperResolution(TINY)
+def scale_loss(batch):
+  task = SuperResolution(Scale())
   context = LossContext(jax.random.key(0), jnp.int32(0), task.normalizers(batch), "generator")
-  return jax.jit(task.loss)(tiny_variables(), batch, context)
+  return jax.jit(task.loss)(Scale.variables, batch, context)
 
 
 def test_reconstruction_loss_needs_one_optim_group_and_no_vgg():
-  task = create_task("super_resolution", TINY)
+  task, batch = create_task("super_resolution", Scale()), tiny_batch()
   assert [group.name for group in task.optim_groups] == ["generator"]
-  assert set(tiny_variables()) == {"params"}
-  assert set(tiny_variables()["params"]) == {"generator"}
-  batch = tiny_batch()
-  output = tiny_loss(batch)
-  images = [batch[name] / np.float32(127.5) - 1 for name in INPUTS]
-  params = tiny_variables()["params"]["generator"]
-  image = jax.jit(lambda *x: TINY.apply({"params": params}, *x)["image"])(*images)
-  expected = np.abs(image - (batch["image"] / 127.5 - 1)).mean()
+  shapes = jax.eval_shape(task.init, jax.random.key(0), batch)
+  assert set(shapes) == {"params"}
+  assert set(shapes["params"]) == {"generator"}
+  output = scale_loss(batch)
+  upsampled, reference, truth = (
+    batch[name] / np.float32(127.5) - 1 for name in ("upsampled_image", "ref_image", "image")
+  )
+  image = 0.4 * (upsampled + reference.mean(axis=(1, 2), keepdims=True))
+  expected = np.abs(image - truth).mean()
   np.testing.assert_allclose(output.loss, expected, rtol=1e-5)
   assert set(output.metrics) == {"loss", "reconstruction_loss"}
 
 
 def test_adversarial_loss_needs_two_optim_groups():
-  task = create_task("super_resolution", TINY, **WEIGHTS, begin_step=7)
+  task = create_task("super_resolution", Scale(), **WEIGHTS, begin_step=7)
   discriminator, generator = task.optim_groups
   assert (discriminator.name, discriminator.updates, discriminator.begin_step) == (
     "discriminator",
@@ -178,9 +185,10 @@ def test_adversarial_loss_needs_two_optim_groups():
   assert set(shapes["params"]) == {"generator", "discriminator"}
 
 
-class CountingTask(NarrowTask):
+class CountingTask(SuperResolution):
   """Records each trace of the generator."""
 
+  _discriminator = Discriminator((2,), 4)
   generator_traces: ClassVar[list[bool]] = []
 
   def _generate(self, params, batch):
@@ -189,8 +197,7 @@ class CountingTask(NarrowTask):
 
 
 def test_discriminator_updates_share_generated_images():
-  task = CountingTask(TINY, adversarial_weight=1.0)
-  batch = {key: np.tile(x, (1, 8, 8, 1)) for key, x in tiny_batch().items()}
+  task, batch = CountingTask(Scale(), adversarial_weight=1.0), tiny_batch()
   sgd = {"name": "sgd", "learning_rate": 0.1}
   program = build_program(
     task,
@@ -218,14 +225,17 @@ def test_loss_ignores_padded_rows():
   batch, longer = tiny_batch(), tiny_batch(3, seed=9)
   longer = {key: np.concatenate([batch[key], value[:1]]) for key, value in longer.items()}
   longer["mask"] = np.array([True, True, False])
-  a, b = tiny_loss(batch), tiny_loss(longer)
+  a, b = scale_loss(batch), scale_loss(longer)
   np.testing.assert_allclose(a.loss, b.loss, rtol=1e-6)
   assert float(b.metrics["reconstruction_loss"].count) == 2
 
 
 def test_predictions_are_evaluated_and_drawn():
   task, batch = SuperResolution(TINY), tiny_batch()
-  predictions = jax.tree.map(np.asarray, jax.jit(task.predict)(tiny_variables(), batch))
+  shapes = jax.eval_shape(task.init, jax.random.key(0), batch)
+  rng = np.random.default_rng(1)
+  variables = jax.tree.map(lambda x: np.float32(0.2 * rng.normal(size=x.shape)), shapes)
+  predictions = jax.tree.map(np.asarray, jax.jit(task.predict)(variables, batch))
   assert predictions["image"].shape == (2, 12, 16, 3)
   assert predictions["image"].dtype == np.uint8
   evaluator = task.evaluator()
@@ -244,10 +254,10 @@ def test_wrong_references_are_rolled_by_half_batch():
   assert set(exchanged) == set(batch)
   one = {key: value[:1] for key, value in batch.items()}
   np.testing.assert_array_equal(exchange_references(one)["ref_image"], one["ref_image"])
-  task, pair = SuperResolution(TINY, wrong_references=True), tiny_batch()
-  outputs = jax.jit(task.predict)(tiny_variables(), pair)
+  task, pair = SuperResolution(Scale(), wrong_references=True), tiny_batch()
+  outputs = jax.jit(task.predict)(Scale.variables, pair)
   swapped = pair | {key: pair[key][::-1] for key in ("ref_image", "blurred_ref_image")}
-  expected = jax.jit(task.predict)(tiny_variables(), swapped)["image"]
+  expected = jax.jit(task.predict)(Scale.variables, swapped)["image"]
   np.testing.assert_array_equal(outputs["wrong_reference_image"], expected)
   assert np.any(outputs["image"] != expected)
 

@@ -26,7 +26,7 @@ from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_
 from vit_jax_zoo.training.train_step import create_state
 from vit_jax_zoo.weights import key_map
 
-pytestmark = pytest.mark.usefixtures("optimized")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("optimized")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,6 @@ def curve():
   return history, params, jax.tree.map(np.asarray, state.model_state), start
 
 
-@pytest.mark.long
 def test_training_curve_equals_official_code(load_golden):
   _, _, expected = load_golden("train_ttsr_a")
   history, *_ = curve()
@@ -188,7 +187,6 @@ def test_parameter_updates_equal_official_code(load_golden):
     assert updates_agree(before, after, expected[f"critic_param/{key}"], 0.35), key
 
 
-@pytest.mark.long
 def test_hard_attention_during_training_equals_official_code(load_golden):
   """Compares the selected patches of the trained networks."""
   _, inputs, expected = load_golden("train_ttsr_a")
