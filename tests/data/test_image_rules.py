@@ -128,6 +128,18 @@ def profile_cases():
   yield "broken profile", encode(PHOTO, "PNG", icc_profile=b"broken" * 40), PHOTO
 
 
+def tiff_cases():
+  deep = GRAY.astype(np.uint16) * 256
+  yield "16 bit tiff", encode(deep, "TIFF"), rgb(GRAY)
+  inverted = [struct.pack("<HHIH", 262, 3, 1, value) for value in (1, 0)]  # WhiteIsZero
+  yield "inverted 16 bit tiff", encode(deep, "TIFF").replace(*inverted), rgb(255 - GRAY)
+  for value in (1 << 20, -1):  # -1 is signed; unsigned it is the largest
+    bright = encode(np.full((4, 4), value, np.int32), "TIFF")
+    yield f"32 bit tiff {value}", bright, np.full((4, 4, 3), 255 if value > 0 else 0)
+  formats = [struct.pack("<HHIH", 339, 3, 1, value) for value in (2, 1)]
+  yield "unsigned 32 bit tiff", bright.replace(*formats), np.full((4, 4, 3), 255)
+
+
 def cases():
   yield "jpeg", encode(PHOTO, "JPEG"), None
   for turn in range(1, 9):
@@ -159,8 +171,7 @@ def cases():
   yield "clear 16 bit rgb", *clear_deep_rgb()
   yield "clear 2 bit", *clear_shallow_gray(2)
   yield "clear 4 bit", *clear_shallow_gray(4)
-  yield "16 bit tiff", encode(GRAY.astype(np.uint16) * 256, "TIFF"), rgb(GRAY)
-  yield "32 bit tiff", encode(np.full((4, 4), 1 << 20, np.int32), "TIFF"), np.full((4, 4, 3), 255)
+  yield from tiff_cases()
   yield "float", encode(GRAY.astype(np.float32) / 255, "TIFF"), rgb(GRAY)
   yield "float 255", encode(GRAY.astype(np.float32), "TIFF"), rgb(GRAY)
   yield "nan", encode(np.where(GRAY > 99, np.nan, 0).astype(np.float32), "TIFF"), rgb(GRAY * 0)
@@ -290,6 +301,21 @@ def huge(kind):
   else:
     return b"P6\n60000 60000\n255\n"
   return bytes(data)
+
+
+def test_eps_is_no_image():  # Pillow would start Ghostscript
+  data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+  for read in (images.decode_image, images.image_size):
+    with pytest.raises(CorruptExampleError, match="not an image"):
+      read(data)
+
+
+def test_huge_file_raises(tmp_path):
+  with (tmp_path / "sparse.jpg").open("wb") as stream:
+    stream.truncate(images.MAX_BYTES + 1)
+  for read in (images.read_file, images.read_header):
+    with pytest.raises(CorruptExampleError, match=r"sparse\.jpg .*bytes"):
+      read(tmp_path / "sparse.jpg")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "PPM"])

@@ -31,6 +31,7 @@ Method: TypeAlias = Literal["bilinear", "antialias"]
 _FIRST_TRANSPOSED = 5  # EXIF orientations from here on exchange height and width
 
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs; checked in the header
+MAX_BYTES = 1 << 31  # of an image file: `MAX_PIXELS` of 8 bytes take less
 
 _SUFFIXES = (
   ".avif", ".bmp", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
@@ -53,9 +54,11 @@ def read_file(file: str | os.PathLike) -> bytes:
     raise CorruptExampleError(f"{os.fspath(file)} cannot be read (not a regular file)")
   try:
     with open(file, "rb") as stream:
-      return stream.read()
+      if os.fstat(stream.fileno()).st_size <= MAX_BYTES:
+        return stream.read()
   except OSError as error:
     raise CorruptExampleError(f"{os.fspath(file)} cannot be read ({error.strerror})") from None
+  raise CorruptExampleError(f"{os.fspath(file)} cannot be read (more than {MAX_BYTES} bytes)")
 
 
 def decode_image(data: bytes, reduce: int = 1, rows: int | None = None) -> Pixels:
@@ -130,7 +133,7 @@ _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), (0xC2,)
 _NO_SEGMENT = frozenset((0x00, 0x01, *range(0xD0, 0xDB), 0xFF))
 
 _APP1, _APP2 = 0xE1, 0xE2
-_ORIENTATION = 0x0112
+_ORIENTATION, _PHOTOMETRIC, _SAMPLE_FORMAT = 0x0112, 262, 339  # tags
 _EXIF, _XMP, _ICC = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0"
 _XMP_ORIENTATION = re.compile(rb"""tiff:Orientation(?:="|>)([1-8])""")  # Pillow's
 
@@ -186,10 +189,10 @@ def read_header(file: str | os.PathLike) -> tuple[int, int, int]:
     raise FileNotFoundError(f"{os.fspath(file)} is not a regular file")
   with open(file, "rb") as stream:
     begin = stream.read(1 << 16)  # long enough for most headers
-    try:
-      return parse_header(begin)
-    except CorruptExampleError:
-      return parse_header(begin + stream.read())
+  try:
+    return parse_header(begin)
+  except CorruptExampleError:
+    return parse_header(read_file(file))
 
 
 def parse_header(data: bytes) -> tuple[int, int, int]:
@@ -198,7 +201,7 @@ def parse_header(data: bytes) -> tuple[int, int, int]:
   if header is not None:
     return header.height, header.width, header.orientation
   try:
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
       turn = image.getexif().get(_ORIENTATION, 1)
       turn = turn if turn in range(1, 9) else 1
       width, height = image.size
@@ -278,9 +281,15 @@ def decode_rows(data: bytes, rows: int | None = None) -> Pixels | None:
     return None
 
 
+def open_image(data: bytes) -> Image.Image:
+  """Opens an image of any format but EPS, for which Pillow would run Ghostscript."""
+  Image.init()
+  return Image.open(io.BytesIO(data), formats=[name for name in Image.ID if name != "EPS"])
+
+
 def _decode_with_pillow(data: bytes) -> Pixels:
   try:
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
       if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.height}x{image.width} pixels")
       clear, bits = image.info.get("transparency"), data[24] if image.format == "PNG" else 8
@@ -306,15 +315,18 @@ def _reason(error: Exception, data: bytes) -> str:
 def from_pillow(image: Image.Image) -> Pixels:
   """Returns an image opened by Pillow as upright sRGB, by the rules of docs/IMAGES.md."""
   icc, alpha = image.info.get("icc_profile"), None
+  tags = getattr(image, "tag_v2", {})  # TIFF's: Pillow inverts 8 bits only, and all is signed
+  inverted, unsigned = tags.get(_PHOTOMETRIC) == 0, tags.get(_SAMPLE_FORMAT) == (1,)
   image = ImageOps.exif_transpose(image)
   if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16: the upper byte
     samples = np.asarray(image).astype(np.int64)
+    samples = samples % (1 << 32) if unsigned else samples
     alpha = Image.fromarray(samples != image.info.get("transparency")).convert("L")
-    image = _to_gray(samples >> 8)
+    image = _to_gray(samples >> 8, inverted)
   elif image.mode == "F":
     samples = np.nan_to_num(np.asarray(image), posinf=np.inf, neginf=-np.inf)
     largest = samples.max(initial=0, where=np.isfinite(samples))
-    image = _to_gray(np.round(samples * 255 if largest <= 1 else samples))
+    image = _to_gray(np.round(samples * 255 if largest <= 1 else samples), inverted)
   elif image.has_transparency_data:
     is_gray = image.mode in ("L", "LA")
     image = image.convert("RGBA")
@@ -331,8 +343,9 @@ def from_pillow(image: Image.Image) -> Pixels:
   return np.array(Image.alpha_composite(white, opaque).convert("RGB"))
 
 
-def _to_gray(samples: Shaped[np.ndarray, "h w"]) -> Image.Image:
-  return Image.fromarray(np.clip(samples, 0, 255).astype(np.uint8))
+def _to_gray(samples: Shaped[np.ndarray, "h w"], inverted: bool) -> Image.Image:  # noqa: FBT001
+  levels = np.clip(samples, 0, 255).astype(np.uint8)
+  return Image.fromarray(~levels if inverted else levels)
 
 
 @functools.lru_cache(maxsize=256)

@@ -81,7 +81,7 @@ def download(url: str, *, sha256: str = "", folder: str = "") -> str:
   prefix, matches. `folder` is a subfolder of the cache, by default derived from the URL. Raises
   OSError if the download fails.
   """
-  file = urllib.parse.unquote(urllib.parse.urlsplit(url).path.rsplit("/", 1)[-1])
+  file = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rsplit("/", 1)[-1]
   cache = epath.Path(os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)).expanduser()
   target = cache / (folder or hashlib.sha256(url.encode()).hexdigest()[:8]) / file
   if target.exists():

@@ -121,6 +121,7 @@ def test_class_names_option(tmp_path):
     (("path,label", ",x"), "labels.csv, row 2: path: empty"),
     (("path,label", "a.jpg,x,y"), "labels.csv, row 2: not as many fields"),
     (("path,label", "a.jpg,x", "a.jpg,y"), "labels.csv, row 3: path: a.jpg .*row 2"),
+    (("path,label", "a.jpg,7", "b.jpg,1000000000"), "row 3: label: 1000000000: no class"),
     (("path,label",), "no rows"),
     (("path,label", 'a.jpg,"x'), "labels.csv: not a table"),
   ],

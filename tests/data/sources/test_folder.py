@@ -201,6 +201,7 @@ def members(root, split):
     ("data_train", "data_test"),
     ("train2017", "val2017"),
     ("seg_train/seg_train", "seg_test/seg_test"),
+    ("train/images", "test/images"),
   ],
 )
 def test_split_folder_spellings(train, test, tmp_path):

@@ -294,6 +294,7 @@ def test_mostly_ignored_label_map_warns(tmp_path, caplog):
     ([0, 1], dict(offset=-1, ignore=(0,)), "0 in 50.0%", "WARNING"),
     ([0, 1, 2], dict(offset=-1, ignore=(0,)), "0 in 33", "WARNING"),
     ([0, *[1] * 9], dict(offset=-1, ignore=(0,)), "0 in 10", "WARNING"),  # one class is left
+    ([0], {}, "only the value 0", "WARNING"),
   ],
 )
 def test_ignored_values_logged(tmp_path, caplog, values, fields, named, level):

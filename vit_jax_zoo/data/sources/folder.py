@@ -235,9 +235,9 @@ def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
     split = split_of(folder.name) or ""
     if split in splits:
       raise ValueError(f"{splits[split]} and {folder} are both the split {split!r}; keep one")
-    inner = _folders(folder)  # archives of Kaggle repeat the name: train/train/<class>
-    repeated = [f.name for f in inner] == [folder.name] and _folders(inner[0])
-    splits[split] = inner[0] if repeated else folder
+    inner = _folders(folder)  # train/train/<class> of Kaggle's archives, train/images/<class>
+    is_wrapped = len(inner) == 1 and inner[0].name.lower() in (folder.name.lower(), *_CONTAINERS)
+    splits[split] = inner[0] if is_wrapped and _folders(inner[0]) else folder
   if "train" in splits or (splits and len(nested) == len(folders)):
     others = ", ".join(f.name for f in folders if f not in nested)
     if others:
@@ -355,8 +355,9 @@ def encode_labels(
         first[value] = f"{name_of_label(file)} {value!r}"
   names = read_class_names(class_names)
   if all(isinstance(value, int) for value in first):
-    count = len(names) or max(first, default=0) + 1
-    for value in first.keys() - set(range(count)):
+    most = max(100_000, 10 * len(first))  # a model has an output for each id
+    count = len(names) or min(max(first, default=0) + 1, most)
+    for value in (value for value in first if not 0 <= value < count):
       raise ValueError(f"{first[value]}: no class; expected 0 to {count - 1}. Check class_names")
     ids = {value: value for value in first}
   else:

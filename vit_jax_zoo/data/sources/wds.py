@@ -122,7 +122,7 @@ def _open_index(
   for file in files:
     try:
       content = json.loads(file.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
       continue
     if isinstance(content, dict) and content.get("version") == version:
       return content["samples"]
@@ -156,7 +156,7 @@ def _read_samples(
       raise tarfile.ReadError(f"it ends at byte {tar.offset}")
   named = ((match, member) for member in files if (match := _NAME.fullmatch(member.name)))
   for name, group in itertools.groupby(named, key=lambda pair: pair[0][1]):
-    members = [(match[2].lower(), member) for match, member in group if member.isreg()]
+    members = [(match[2].lower(), m) for match, m in group if m.isreg() and not m.issparse()]
     found = dict(members)
     pictures = [key for key in found if f".{key.rpartition('.')[2]}" in suffixes()]
     image = image_key or min(pictures, key=lambda key: key.count("."), default="jpg")
@@ -175,6 +175,6 @@ def _parse(data: bytes, key: str, field: str, where: str) -> Any:
       value = json.loads(data)
       return value[field] if isinstance(value, dict) else value
     text = data.decode().strip()
-  except (ValueError, KeyError) as error:
+  except (ValueError, KeyError, RecursionError) as error:
     raise ValueError(f"{where}: no label ({error}); expected JSON with {field}, or text") from None
   return int(text) if text.isdecimal() else text

@@ -8,7 +8,6 @@ a pixel is neither trained nor scored.
 import collections
 import dataclasses
 import functools
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,6 @@ import cv2
 import numpy as np
 from absl import logging
 from jaxtyping import Int, UInt8
-from PIL import Image
 
 from vit_jax_zoo.data import images
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example, Source
@@ -59,6 +57,9 @@ class LoadLabelMap(TargetTransform):
         f"{source.info.name}: the label maps have only the values 0 and 255, and 255 is ignored; "
         "if 255 is the foreground, set load_label_map's classes=(0, 255)"
       )
+    if len(counts) == 1:
+      text = f"{source.info.name}: a sample of label maps has only the value {next(iter(counts))}"
+      _log_once(logging.WARNING, f"{text}; expected several classes")
     ignored = {value: n for value, n in counts.most_common() if self._ignored(value)}
     total, valid = counts.total(), sum(n for v, n in counts.items() if v and v not in ignored)
     if ignored:
@@ -136,7 +137,7 @@ def _values(example: Example) -> Int[np.ndarray, "h w"]:
 def _decode(data: bytes) -> Int[np.ndarray, "h w"]:
   """Returns the values in a PNG file: gray levels, or indices of a palette."""
   try:
-    with Image.open(io.BytesIO(data)) as image:
+    with images.open_image(data) as image:
       codec = f"{image.format} {image.info.get('compression')}".upper()
       values = np.array(image)  # Pillow keeps palettes' indices, OpenCV does not
   except Exception as error:  # decoders raise many types
