@@ -21,7 +21,12 @@ DEMOS = {
   "igpt:demo": ("--config.model.width=16", "--config.model.depth=2", "--config.model.num_heads=2"),
   "lambda_resnet:demo": (),
   "detr:demo": _DETECTOR,
-  "detr:demo_panoptic": (*_DETECTOR, "--config.init_from=None"),
+  "detr:demo_panoptic": (  # groups of the mask head's norms need such a width
+    *_DETECTOR,
+    "--config.model.width=64",
+    "--config.model.num_heads=8",
+    "--config.init_from=None",
+  ),
   "ttsr:demo": (),
   "fpt:demo": (),
   "fpt:demo_mask": (),

@@ -80,11 +80,17 @@ def test_killed_many_times(uninterrupted, tmp_path, first):
   assert_same_run(tmp_path / "run", uninterrupted[0])
 
 
+# A small discriminator: from `begin_step` on, its gradients are computed within a conditional,
+# where XLA's convolutions take a minute on CPUs.
 TWO_OPTIMIZERS = """
 from configs import ttsr
+from vit_jax_zoo.systems.ttsr import losses, task
+
+task.SuperResolution._discriminator = losses.Discriminator((4, 4), 8)
 
 def get_config(arg=""):
   config = ttsr.demo(num_steps=30, batch_size=2)
+  config.model.update(width=4, depths=(1, 1, 1, 1), texture_widths=(4, 4, 4))
   config.task.update(adversarial_weight=1e-3, begin_step=4, discriminator_updates=2)
   config.optimizer.discriminator = {"name": "adam", "learning_rate": 1e-4}
   return config
