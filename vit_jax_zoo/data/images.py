@@ -48,14 +48,14 @@ def suffixes() -> frozenset[str]:
   return frozenset(suffix for suffix in _SUFFIXES if suffix in Image.EXTENSION)
 
 
-def read_file(file: str | os.PathLike) -> bytes:
-  """Returns the content of a regular file, or CorruptExampleError; opening a FIFO would block."""
+def read_file(file: str | os.PathLike, length: int = -1) -> bytes:
+  """Returns the first bytes (-1: all) of a regular file, not of a FIFO; or CorruptExampleError."""
   if not os.path.isfile(file) and os.path.exists(file):
     raise CorruptExampleError(f"{os.fspath(file)} cannot be read (not a regular file)")
   try:
     with open(file, "rb") as stream:
       if os.fstat(stream.fileno()).st_size <= MAX_BYTES:
-        return stream.read()
+        return stream.read(length)
   except OSError as error:
     raise CorruptExampleError(f"{os.fspath(file)} cannot be read ({error.strerror})") from None
   raise CorruptExampleError(f"{os.fspath(file)} cannot be read (more than {MAX_BYTES} bytes)")
@@ -69,8 +69,7 @@ def decode_image(data: bytes, reduce: int = 1, rows: int | None = None) -> Pixel
   the result may have more. CorruptExampleError if it is not an image, truncated, or larger than
   `MAX_PIXELS`.
   """
-  pixels = _decode_fast(data, reduce, rows)
-  if pixels is not None:
+  if (pixels := _decode_fast(data, reduce, rows)) is not None:
     return pixels
   pixels = _decode_with_pillow(data)
   return pixels if reduce == 1 else resize(pixels, *(-(-s // reduce) for s in pixels.shape[:2]))
@@ -184,13 +183,9 @@ def _exif_orientation(tiff: bytes) -> int:
 
 
 def read_header(file: str | os.PathLike) -> tuple[int, int, int]:
-  """Returns a file's stored height, width and EXIF orientation; OSError, or CorruptExampleError."""
-  if not os.path.isfile(file):  # opening a FIFO would block
-    raise FileNotFoundError(f"{os.fspath(file)} is not a regular file")
-  with open(file, "rb") as stream:
-    begin = stream.read(1 << 16)  # long enough for most headers
+  """Returns a file's stored height, width and EXIF orientation, or CorruptExampleError."""
   try:
-    return parse_header(begin)
+    return parse_header(read_file(file, 1 << 16))  # long enough for most headers
   except CorruptExampleError:
     return parse_header(read_file(file))
 
@@ -207,9 +202,8 @@ def parse_header(data: bytes) -> tuple[int, int, int]:
       width, height = image.size
   except Exception as error:
     raise CorruptExampleError(_reason(error, data)) from error
-  if image.format == "TIFF":  # Pillow rotates these and returns their upright size
-    return (width, height, turn) if turn >= _FIRST_TRANSPOSED else (height, width, turn)
-  return height, width, turn
+  is_upright = image.format == "TIFF" and turn >= _FIRST_TRANSPOSED  # Pillow rotates these
+  return (width, height, turn) if is_upright else (height, width, turn)
 
 
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"

@@ -93,16 +93,12 @@ def download(url: str, *, sha256: str = "", folder: str = "") -> str:
   except (OSError, HTTPException, ValueError) as error:
     unfinished.unlink(missing_ok=True)
     reason = getattr(error, "reason", None) or error
-    raise OSError(
-      f"cannot download {url} ({reason}); if this machine is offline, download it elsewhere and "
-      "give the file's path"
-    ) from None
+    fix = "if this machine is offline, download it elsewhere and give the file's path"
+    raise OSError(f"cannot download {url} ({reason}); {fix}") from None
   if not found.startswith(sha256):
     unfinished.unlink()
-    raise WeightsError(
-      f"{url} is not the file that was published: its sha256 begins with {found[:16]}, expected "
-      f"{sha256}"
-    )
+    wrong = f"{url} is not the file that was published: its sha256 begins with {found[:16]}"
+    raise WeightsError(f"{wrong}, expected {sha256}")
   unfinished.rename(target)
   return str(target)
 

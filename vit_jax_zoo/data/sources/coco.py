@@ -272,7 +272,7 @@ def _read_headers(
   def read(index: int) -> tuple[int, int, int] | None:
     try:
       return image_files.read_header(base.file_path(str(split.images), images[index]["file_name"]))
-    except (OSError, base.CorruptExampleError):
+    except base.CorruptExampleError:
       return None
 
   with concurrent.futures.ThreadPoolExecutor() as threads:

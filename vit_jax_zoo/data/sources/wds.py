@@ -120,12 +120,10 @@ def _open_index(
   digest = hashlib.blake2b(os.fsencode(os.path.abspath(shard)), digest_size=8).hexdigest()
   files = [file, base.cache_dir() / "wds" / f"{digest}.index.json"]
   for file in files:
-    try:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
       content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-      continue
-    if isinstance(content, dict) and content.get("version") == version:
-      return content["samples"]
+      if isinstance(content, dict) and content.get("version") == version:
+        return content["samples"]
   try:
     with tarfile.open(shard, "r:") as tar:
       samples = list(_read_samples(tar, shard, image_key, label_key, label_field))

@@ -145,10 +145,9 @@ def _decode(data: bytes) -> Int[np.ndarray, "h w"]:
   if values.ndim != 2:
     channels = values.shape[2]
     raise CorruptExampleError(f"label map has {channels} channels; expected one, with class ids")
-  if "JPEG" in codec or "MPO" in codec or values.dtype.kind == "f":
-    found = (
-      "numbers with a fraction" if values.dtype.kind == "f" else "JPEG, which changes class ids"
-    )
+  is_float = values.dtype.kind == "f"
+  if is_float or "JPEG" in codec or "MPO" in codec:
+    found = "numbers with a fraction" if is_float else "JPEG, which changes class ids"
     raise CorruptExampleError(f"label map is {found}; expected a PNG file of integers")
   return values.astype(np.int64)
 
