@@ -10,7 +10,6 @@ import pathlib
 import platform
 import resource
 import signal
-import sys
 import tempfile
 from importlib import metadata
 
@@ -51,7 +50,7 @@ jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
 def pytest_collection_finish():
-  """Leaves garbage collection, a tenth of the time of tracing, to `_bounded_memory`."""
+  """Leaves garbage collection, a tenth of the time of tracing, to `pytest_runtest_teardown`."""
   gc.collect()
   gc.freeze()  # the million objects of imported modules
   gc.disable()
@@ -61,14 +60,13 @@ def _resident_bytes():
   try:
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
   except FileNotFoundError:  # not Linux
-    return sys.maxsize
+    return 0
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _bounded_memory():
-  """Drops compiled programs after a file if the worker is large; it would grow to 3 GB."""
-  yield
-  if _resident_bytes() < 10**9:
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+  """Drops compiled programs from a worker that comes near 2 GB; it would grow to 3 GB."""
+  if _resident_bytes() < 1.7e9:
     return
   jax.clear_caches()
   gc.collect()
