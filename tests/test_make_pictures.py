@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import GOLDENS
 from vit_jax_zoo import builder, config
+from vit_jax_zoo.data.sources import demo
 
 ROOT = GOLDENS.parents[1]
 
@@ -66,7 +67,9 @@ def test_tiles_of_task(system, caption, make_pictures, monkeypatch):
   assert tiles_of(make_pictures, system)[0][0].caption == caption
 
 
-def test_confident_detections_with_masks(make_pictures, monkeypatch):
+def test_confident_detections_with_masks(make_pictures, monkeypatch, tmp_path):
+  monkeypatch.setenv("VIT_JAX_ZOO_CACHE", str(tmp_path))  # drawing all 4,400 scenes takes 20 s
+  monkeypatch.setattr(demo, "COUNTS", {"train": 1, "test": 14})
   found = {
     "scores": np.array([[0.9, 0.6, 0.8, 0.95]]),
     "labels": np.array([[3, 4, 5, 6]]),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 
 import numpy as np
@@ -13,13 +14,14 @@ from PIL import Image
 from vit_jax_zoo.data.sources import tfds as tfds_source
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-  """Prepares demos once per session, in a temporary cache."""
+  """A cache of this folder's tests, in all worker processes; others use the user's cache."""
+  folder = tmp_path_factory.getbasetemp()
+  folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
   with pytest.MonkeyPatch.context() as patch:
-    folder = tmp_path_factory.mktemp("cache")
-    patch.setenv("VIT_JAX_ZOO_CACHE", str(folder))
-    yield folder
+    patch.setenv("VIT_JAX_ZOO_CACHE", str(folder / "cache"))
+    yield folder / "cache"
 
 
 def photo(height=40, width=60, seed=0):

@@ -72,6 +72,15 @@ def reference():
   return train()
 
 
+WINDOW_SHAPES = ((24, 32), (32, 24), (30, 40), (40, 30), (36, 60), (60, 36))
+
+
+@pytest.fixture(scope="module")
+def window():
+  """The batches that are sorted together: 640 positions, 16 epochs of 40."""
+  return train(steps=buckets.WINDOW, batch_size=5, buckets=WINDOW_SHAPES)
+
+
 def same(one, other):
   assert one.keys() == other.keys()
   for key in one:
@@ -97,15 +106,12 @@ class TestTrain:
     for one, other in zip(reference[5:], train(steps=3, start=5), strict=True):
       same(one, other)
 
-  def test_window_has_every_example_once_per_epoch(self):
-    window = train(steps=buckets.WINDOW, batch_size=5)  # 640 positions: 16 epochs of 40
+  def test_window_has_every_example_once_per_epoch(self, window):
     ids = np.concatenate([batch["image_id"] for batch in window])
     np.testing.assert_array_equal(np.bincount(ids), np.full(40, 16))
 
-  def test_less_padding_and_random_order(self):
+  def test_less_padding_and_random_order(self, window):
     """Less padding than without sorting; batch areas are not correlated with time."""
-    shapes = ((24, 32), (32, 24), (30, 40), (40, 30), (36, 60), (60, 36))
-    window = train(steps=buckets.WINDOW, buckets=shapes)
     padded = sum(batch["image"][..., 0].size for batch in window)
     real = sum(int(batch["image_size"].prod(axis=1).sum()) for batch in window)
     assert padded / real < 1.6

@@ -88,7 +88,7 @@ def test_training_shapes_fixed_size(system, variant, shapes):
 def test_training_shapes_several_sizes():
   config = importlib.import_module("configs.detr").get_config("r50_panoptic")
   train = config.data.train
-  source = stand_in.load(train.source, "train[:2%]", panoptic=True)
+  source = stand_in.load(train.source, "train[:1%]", panoptic=True)
   kinds = pipeline.training_shapes(
     source, build_transforms(train.transforms), batch_size=8, seed=0, buckets=6
   )

@@ -195,7 +195,7 @@ class TestCorrupt:
     with pytest.raises(CorruptExampleError, match=r"images/7.png"):
       take(4, Images(10, corrupt=[7]), PLAIN, batch_size=4, seed=0, num_workers=1)
 
-  @pytest.mark.parametrize("workers", [0, 1])
+  @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
   def test_skip_logs_once_and_counts(self, workers, caplog):
     source = Images(10, corrupt=[7, 2])
     options = dict(batch_size=5, seed=0, on_corrupt="skip", num_workers=workers)

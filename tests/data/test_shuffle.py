@@ -13,7 +13,7 @@ def test_epochs_different_permutations(count):
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-@pytest.mark.parametrize("count", [(1 << 16) - 1, 1 << 16, (1 << 16) + 1, 70_000])
+@pytest.mark.parametrize("count", [1 << 16, (1 << 16) + 1, 70_000])
 def test_large_sets_shuffled(count):
   order = np.array([shuffled_index(i, count, seed=5) for i in range(count)])
   assert np.array_equal(np.sort(order), np.arange(count))

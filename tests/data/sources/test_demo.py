@@ -1,5 +1,6 @@
 """Single-image demos, prepared from images of scikit-learn and scikit-image."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -42,6 +43,25 @@ def test_photos_split_sizes():
     assert demos.read_photo(name).std() > 20, name
 
 
+def test_result_of_faster_process_used(tmp_path, monkeypatch):
+  """Another process prepares the same demo while this one writes its records."""
+  few = demos.Demo(lambda split: itertools.islice(demos.digits(split), 5), demos.DEMOS["digits"][1])
+  monkeypatch.setitem(demos.DEMOS, "digits", few)
+  monkeypatch.setenv("VIT_JAX_ZOO_CACHE", str(tmp_path))
+  write = demos.tfds_source.write_dataset
+
+  def write_last(*args, **kwargs):
+    monkeypatch.setattr(demos.tfds_source, "write_dataset", write)
+    load_source("demo:digits", "test")
+    return write(*args, **kwargs)
+
+  monkeypatch.setattr(demos.tfds_source, "write_dataset", write_last)
+  assert len(load_source("demo:digits", "test")) == 5
+  assert demos.tfds_source.write_dataset is write
+  assert os.listdir(tmp_path / "demos" / "digits") == ["1.0.0"]
+
+
+@pytest.mark.long
 def test_concurrent_prepare(tmp_path):
   program = (
     "from vit_jax_zoo.data.sources import load_source; s = load_source('demo:digits', 'test'); "

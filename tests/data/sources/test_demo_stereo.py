@@ -11,14 +11,12 @@ from vit_jax_zoo.data.sources import load_source
 
 
 @pytest.fixture(scope="module")
-def splits(tmp_path_factory):
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("VIT_JAX_ZOO_CACHE", str(tmp_path_factory.mktemp("cache")))
-    sources = {split: load_source("demo:stereo", split) for split in ("train", "test")}
-    return {
-      split: [{k: decode(e[k]) for k in ("image", "reference")} for e in source]
-      for split, source in sources.items()
-    }
+def splits():
+  sources = {split: load_source("demo:stereo", split) for split in ("train", "test")}
+  return {
+    split: [{k: decode(e[k]) for k in ("image", "reference")} for e in source]
+    for split, source in sources.items()
+  }
 
 
 def decode(data):
