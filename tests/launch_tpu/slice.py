@@ -4,7 +4,7 @@ The fake gcloud keeps the state of the slice in files. It runs each `--command` 
 the worker's folder as home, so quoting, detaching, log and exit status are those of a worker.
 """
 
-import json
+import ast
 import os
 import pathlib
 import shutil
@@ -49,6 +49,9 @@ class Slice:
     self.program("planner.py", self.bin / "python3")
     self.program("main.py", self.state / "main.py")
     (self.bin / "sleep").symlink_to(shutil.which("true"))  # no delay between two checks
+    often = f'#!/bin/sh\nexec {shutil.which("tail")} "$@" -s 0.02\n'
+    (self.bin / "tail").write_text(often)
+    (self.bin / "tail").chmod(0o755)
     self.set(behaviours="ok")
 
   def program(self, name, path):
@@ -84,18 +87,19 @@ class Slice:
 
   def lines(self, name):
     path = self.state / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    return [ast.literal_eval(line) for line in text.splitlines()]
 
   def calls(self, verb=None):
     """Returns all gcloud calls as argument lists, or those with one verb."""
-    return [c for c in self.lines("calls.jsonl") if verb is None or verb in c]
+    return [c for c in self.lines("calls") if verb is None or verb in c]
 
   def changes(self):
     """Returns the gcloud calls that change something or print the log."""
     return [c for c in self.calls() if "list" not in c and remote_call(c)[:1] != ["worker_status"]]
 
   def runs(self):
-    return self.lines("runs.jsonl")
+    return self.lines("runs")
 
   @property
   def exists(self):

@@ -1,30 +1,33 @@
 """Fake training run: finishes, waits, fails or is preempted, according to the file `behaviours`."""
 
-import json
 import os
-import pathlib
 import sys
 import time
 
-STATE = pathlib.Path(os.environ["STAND_IN"])
-worker = pathlib.Path(os.environ["HOME"]).name
+STATE = os.environ["STAND_IN"]
+worker = os.path.basename(os.environ["HOME"])
+
+
+def read(name):
+  with open(f"{STATE}/{name}") as file:
+    return file.read()
 
 
 def write(name, text):
-  new = STATE / f"{name}.{worker}"
-  new.write_text(text)
-  new.replace(STATE / name)
+  with open(f"{STATE}/{name}.{worker}", "w") as file:
+    file.write(text)
+  os.replace(file.name, f"{STATE}/{name}")
 
 
-with (STATE / "runs.jsonl").open("a") as runs:
-  runs.write(json.dumps({"worker": worker, "args": sys.argv[1:]}) + "\n")
-number = (STATE / "runs.jsonl").read_text().count(worker)
-behaviours = (STATE / "behaviours").read_text().split()
+with open(f"{STATE}/runs", "a") as runs:
+  runs.write(ascii({"worker": worker, "args": sys.argv[1:]}) + "\n")
+number = read("runs").count(worker)
+behaviours = read("behaviours").split()
 behaviour = behaviours[min(number, len(behaviours)) - 1]
 print(f"{worker}, run {number}: step 1", flush=True)
 if behaviour == "hold":
   deadline = time.time() + 30
-  while not (STATE / "release").exists() and time.time() < deadline:
+  while not os.path.exists(f"{STATE}/release") and time.time() < deadline:
     time.sleep(0.05)
 elif behaviour == "suspended":
   write("request", "SUSPENDED")
