@@ -42,6 +42,10 @@ def predictor_of(path, **options):
   return create_predictor(load(str(path)), Options(**options))
 
 
+def logits_of(pretrained, images):
+  return jax.jit(pretrained.model.apply)(pretrained.variables, images)["logits"]
+
+
 class TwoImagePredictor(Predictor):
   """A predictor with two output images per input and one of the model."""
 
@@ -340,7 +344,7 @@ def predict_pixels(image):
 def test_published_file_uses_own_preprocessing():
   path = str(golden_folder("vit_a") / "weights.npz")
   published, image = load_pretrained(path), photo()
-  logits = published.model.apply(published.variables, published.preprocess([image]))["logits"][0]
+  logits = logits_of(published, published.preprocess([image]))[0]
   top = predictor_of(path).__call__(image).record["top"]
   order = np.argsort(-np.asarray(logits))[:5]
   assert [entry["label"] for entry in top] == list(order)
@@ -538,7 +542,7 @@ def test_load_pretrained_run_new_size_or_classes(vit_run, igpt_run):
   for options in ({"image_size": 16}, {"num_classes": 3}, {"image_size": (8, 16)}):
     loaded = load_pretrained(str(vit_run), **options)
     pictures = [photo(20, 30), photo(9, 9, seed=1)]
-    logits = loaded.model.apply(loaded.variables, loaded.preprocess(pictures))["logits"]
+    logits = logits_of(loaded, loaded.preprocess(pictures))
     assert logits.shape == (2, options.get("num_classes", 10))
     assert loaded.preprocess.image_size == loaded.config["image_size"]
     assert loaded.class_names == (() if "num_classes" in options else run.class_names)
@@ -555,7 +559,8 @@ def test_run_at_other_image_size(vit_run, igpt_run):
   image = trained.prepare(photo(20, 30))["image"]
   assert image.shape == (16, 16, 3)
   assert trained.image_size == (16, 16)
-  assert trained.task.predict(trained.variables, {"image": image[None]})["labels"].shape == (1, 3)
+  batch = {"image": image[None]}
+  assert jax.eval_shape(trained.task.predict, trained.variables, batch)["labels"].shape == (1, 3)
   with pytest.raises(ValueError, match="image_size and num_classes"):
     load(str(igpt_run), image_size=16)
 
@@ -584,9 +589,9 @@ def test_load_pretrained_run(vit_run, igpt_run):
   loaded = load_pretrained(str(vit_run))
   assert loaded.class_names == tuple("0123456789")
   assert loaded.config["image_size"] == (8, 8)
-  logits = loaded.model.apply(loaded.variables, np.zeros((1, 8, 8, 3), np.float32))["logits"]
+  logits = logits_of(loaded, np.zeros((1, 8, 8, 3), np.float32))
   unrolled = load_pretrained(str(vit_run), scan_layers=False)
   assert "block_1" in unrolled.variables["params"]["encoder"]
-  same = unrolled.model.apply(unrolled.variables, np.zeros((1, 8, 8, 3), np.float32))["logits"]
+  same = logits_of(unrolled, np.zeros((1, 8, 8, 3), np.float32))
   np.testing.assert_allclose(same, logits, atol=1e-6)
   assert "palette" in load_pretrained(str(igpt_run)).variables

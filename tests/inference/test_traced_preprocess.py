@@ -1,7 +1,6 @@
 """The resize within exported programs against `Preprocess.resize`, for symbolic image sizes."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import skimage.data
@@ -10,7 +9,7 @@ from vit_jax_zoo.inference import traced_preprocess
 from vit_jax_zoo.weights import Preprocess
 
 PHOTO = skimage.data.astronaut()
-SIZES = ((300, 211), (37, 64), (20, 20), (16, 24), (150, 400))
+SIZES = ((300, 211), (20, 20), (16, 24))  # smaller, mixed, equal
 CASES = {
   "tf_bilinear": ({}, 0.01),
   "tf_antialias": ({"truncate": True}, 1),
@@ -77,7 +76,8 @@ def test_sizes_equal_preprocess(fit, rounding):
 def test_padding_is_zero():
   preprocess = Preprocess((16, 16), interpolation="bilinear", fit="shorter_side", max_side=24)
   image = np.ascontiguousarray(PHOTO[:40, :50])
-  found, sides, given = traced_preprocess.resize(jnp.asarray(image[None]), preprocess, (32, 32))
+  resize = jax.jit(lambda images: traced_preprocess.resize(images, preprocess, (32, 32)))
+  found, sides, given = resize(image[None])
   expected = preprocess.resize(image)
   assert tuple(sides) == expected.shape[:2] == (16, 20)
   assert tuple(given) == (40, 50)
