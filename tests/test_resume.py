@@ -125,6 +125,7 @@ def test_killed_run_with_matching_or_two_optimizers(tmp_path, system):
   assert_same_run(workdir, tmp_path / "undisturbed", 30)
 
 
+@pytest.mark.long  # test_trainer.py has the lines of `main` without the process
 def test_last_lines_list_scores_and_outputs(uninterrupted):
   workdir, output = uninterrupted
   assert "test/accuracy" in output

@@ -26,9 +26,10 @@ from vit_jax_zoo.data import pipeline
 from vit_jax_zoo.data.sources.base import SlicedSource
 from vit_jax_zoo.training.checkpoint import restore_variables
 from vit_jax_zoo.training.compiled_steps import TrainingOptions
+from vit_jax_zoo.training.evaluate import Report
 from vit_jax_zoo.training.metric_writer import read_metrics
 
-system_module("vit")
+VIT = system_module("vit", "model")
 PACKAGE = pathlib.Path(vit_jax_zoo.__file__).parent
 RATE = 0.00125
 FLAG = f"--config.optimizer.learning_rate={RATE}"
@@ -133,20 +134,20 @@ def test_training_data_opened_once(again):
   assert again[2] == [(0,)]
 
 
-def test_model_without_explanations(tmp_path, monkeypatch, caplog):
-  monkeypatch.delattr("vit_jax_zoo.systems.vit.model.VisionTransformer.explain")
-  outcome = run(tiny(explain=True), tmp_path)
-  assert outcome.finished
-  assert "test/accuracy" in outcome.scores
-  assert "explain: VisionTransformer" in caplog.text
+@pytest.mark.parametrize(
+  ("method", "warning"), [(None, "VisionTransformer"), (lambda *_: 1 / 0, "division by zero")]
+)
+def test_model_without_explanations(finished, tmp_path, monkeypatch, caplog, method, warning):
+  """Also one whose explanation fails; evaluations of a training run are the same function."""
+  if method is None:
+    monkeypatch.delattr(VIT.VisionTransformer, "explain")
+  else:
+    monkeypatch.setattr(VIT.VisionTransformer, "explain", method)
+  shutil.copytree(finished[1], tmp_path / "run", ignore=shutil.ignore_patterns("figures"))
+  outcome = run(tiny(explain=True), tmp_path / "run", eval_only=True, allow_config_change=True)
+  assert outcome.scores == finished[0].scores
+  assert f"explain: {warning}" in caplog.text
   assert not list(tmp_path.rglob("*explain*"))
-
-
-def test_failing_explanation_is_a_warning(tmp_path, monkeypatch, caplog):
-  model = "vit_jax_zoo.systems.vit.model.VisionTransformer.explain"
-  monkeypatch.setattr(model, lambda *_: 1 / 0)
-  assert "test/accuracy" in run(tiny(explain=True), tmp_path).scores
-  assert "explain: division by zero" in caplog.text
 
 
 def test_evaluation_of_other_size_raises_at_start(tmp_path, monkeypatch):
@@ -215,6 +216,18 @@ def test_run_outputs(finished):
   assert (workdir / "figures" / "train_batch_00000000.png").exists()
 
 
+def test_last_lines_list_scores_and_outputs(finished, caplog):
+  outcome, workdir = finished
+  caplog.set_level("INFO", logger="absl")
+  main._log_outcome(outcome)
+  text = caplog.text.replace("python -m tensorboard.main", "tensorboard")
+  assert f"done after 4 steps: test/accuracy {outcome.scores['test/accuracy']:.4g}" in text
+  for place in ("checkpoints", "metrics.jsonl", "figures"):
+    assert str(workdir / place) in text
+  assert f"tensorboard --logdir={workdir}" in text
+  assert list((workdir / "figures").glob("test_predictions_*.png"))
+
+
 def test_eval_only_needs_no_training_data(finished, monkeypatch):
   outcome, workdir = finished
   before = (workdir / "metrics.jsonl").read_bytes()
@@ -234,24 +247,31 @@ def test_eval_only_needs_no_training_data(finished, monkeypatch):
   assert drawn[-1].exists()  # the figures of the last step are drawn again
 
 
-def test_probes_during_training(tmp_path):
-  """Also with other classes; the best checkpoint depends on the main evaluation only."""
-  config = tiny(num_steps=2)
-  probed = {
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+  """Outcome and folder of a run with feature probes, on other classes, and with EMA."""
+  workdir = tmp_path_factory.mktemp("probed")
+  config = tiny(ema_decay=0.9999)
+  data = {
     "source": "demo:photos",
     "split": "test[:24]+test[40:64]",
     "fit_split": "train[:40]+train[60:100]",
     "transforms": [{"name": "resize", "size": 8}],
   }
-  config.data.eval.few_shot = probed | {"probe": {"name": "few_shot", "shots": (1, 5)}}
-  config.data.eval.near = probed | {"probe": {"name": "knn"}}
-  outcome = run(config, tmp_path)
+  config.data.eval.few_shot = data | {"probe": {"name": "few_shot", "shots": (1, 5)}}
+  config.data.eval.near = data | {"probe": {"name": "knn"}}
+  return run(config, workdir), workdir
+
+
+def test_probes_during_training(probed):
+  """The best checkpoint depends on the main evaluation only."""
+  outcome, workdir = probed
   for name in ("few_shot/5_shot", "few_shot/1_shot", "few_shot/accuracy", "near/20_nn"):
     assert 0 <= outcome.scores[name] <= 1
   assert outcome.scores["few_shot/accuracy"] == outcome.scores["few_shot/5_shot"]
-  steps = [row["step"] for row in read_metrics(epath.Path(tmp_path)) if "few_shot/5_shot" in row]
-  assert steps == [2]
-  kept = json.loads((tmp_path / "config.json").read_text())
+  steps = [row["step"] for row in read_metrics(workdir) if "few_shot/5_shot" in row]
+  assert steps == [4]
+  kept = json.loads((workdir / "config.json").read_text())
   assert run_config.main_evaluation(kept["data"]["eval"]) == "test"
 
 
@@ -355,7 +375,7 @@ def test_swapped_class_names_raise_on_resume(finished):
   assert run(tiny(), workdir).finished
 
 
-def test_run_of_version_0_1_resumes(tmp_path):
+def test_run_of_version_0_1_resumes(tmp_path, monkeypatch):
   """Its config has old field names, its checkpoints no manifest; see tests/goldens/README.md."""
   shutil.copytree(GOLDENS / "run_0_1", tmp_path / "run")
   shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
@@ -364,6 +384,7 @@ def test_run_of_version_0_1_resumes(tmp_path):
   config.model.update(width=16, depth=2, mlp_dim=16, num_heads=2)
   config.log_every, config.eval_every, config.checkpoint.every = 2, 4, 2
   config.ema_decay, config.data.eval.test.split = 0.9, "test[:40]"
+  monkeypatch.setattr(trainer, "explain", lambda *_, **__: Report({}))  # not compared
   outcome = run(config, tmp_path / "run")
   expected = restore_variables(GOLDENS / "run_0_1" / "checkpoints" / "4")
   jax.tree.map(
@@ -374,8 +395,8 @@ def test_run_of_version_0_1_resumes(tmp_path):
   assert read_metrics(tmp_path / "run")[0] == read_metrics(GOLDENS / "run_0_1")[0]
 
 
-def test_ema_parameters_evaluated(finished, tmp_path):
-  plain, averaged = finished[0], run(tiny(ema_decay=0.9999), tmp_path)
+def test_ema_parameters_evaluated(finished, probed):
+  plain, averaged = finished[0], probed[0]
   chance = np.log(10)  # with this decay the average is still close to the initial state
   assert abs(averaged.scores["test/loss"] - chance) < 0.1 * abs(plain.scores["test/loss"] - chance)
 
@@ -409,10 +430,12 @@ class Calls:
     threading.setprofile(None)
 
   def _record(self, frame, event, result):
+    if event not in ("call", "return"):
+      return
     if self.is_done:
       sys.setprofile(None)
       return
-    name = name_of(frame) if event in ("call", "return") else ""
+    name = name_of(frame)
     if not name or not self._is_inside(frame):
       return
     if event == "return" and self.holds(result):
@@ -434,11 +457,19 @@ def iter_stack(frame):
     frame = frame.f_back
 
 
+IS_OF_PACKAGE = {}  # by file
+
+
 def name_of(frame):
   """Returns "file:function" of a function of the package; "" for others, and for comprehensions."""
-  file, name = frame.f_code.co_filename, frame.f_code.co_qualname.replace("<locals>.", "")
-  is_ours = file.startswith(f"{PACKAGE}/") and "<" not in name
-  return f"{file.removeprefix(f'{PACKAGE}/')}:{name}" if is_ours else ""
+  file = frame.f_code.co_filename
+  is_ours = IS_OF_PACKAGE.get(file)
+  if is_ours is None:
+    is_ours = IS_OF_PACKAGE[file] = file.startswith(f"{PACKAGE}/")
+  if not is_ours:
+    return ""
+  name = frame.f_code.co_qualname.replace("<locals>.", "")
+  return "" if "<" in name else f"{file.removeprefix(f'{PACKAGE}/')}:{name}"
 
 
 def is_part_of_caller(name):

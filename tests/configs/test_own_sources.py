@@ -31,7 +31,7 @@ def train_classifier(source, workdir, *fields, steps=2):
   """Trains a small ViT on a source; returns the scores."""
   text = ",".join(("model=vit_ti16", f"source={source}", "image_size=16", "dtype=float32", *fields))
   config = load(f"configs/finetune.py:{text}")
-  config.update(num_steps=steps, num_epochs=None, batch_size=2, init_from=None)
+  config.update(num_steps=steps, num_epochs=None, batch_size=2, init_from=None, explain=False)
   config.model.update(width=8, depth=1, mlp_dim=8, num_heads=2, patch_size=8)
   return trainer.run(config, epath.Path(workdir)).scores
 
