@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl import logging as absl_logging
+from absl.testing import flagsaver
 from etils import epath
 
 from tests import command
@@ -369,8 +370,14 @@ def test_unknown_config_field_raises():
     config_lib.complete(config)
 
 
-def test_command_error_one_line_without_traceback(tmp_path):
-  output = command.run(tmp_path, "--config=configs/vit.py", "--config.model.patch_size=3", expect=2)
+def test_command_error_one_line_without_traceback(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(cli.malloc, "keep_freed_memory", lambda: None)
+  arguments = ["main", "--config=configs/vit.py", "--config.model.patch_size=3"]
+  monkeypatch.setattr(sys, "argv", [*arguments, f"--workdir={tmp_path}"])
+  with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+    cli.run(main.main)
+  assert ended.value.code == 2
+  output = "".join(capsys.readouterr())
   errors = [line for line in output.splitlines() if line.startswith("error:")]
   assert len(errors) == 1
   assert "Traceback" not in output

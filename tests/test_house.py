@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import functools
 import importlib.metadata
 import importlib.util
 import pathlib
@@ -24,6 +25,11 @@ TOO_LONG = frozenset()
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
+@functools.cache
+def parsed(path):
+  return ast.parse(path.read_text())
+
+
 def name_of(path):
   return path.relative_to(ROOT).as_posix()
 
@@ -34,8 +40,8 @@ def length(node):
   return node.end_lineno - first + 1
 
 
-def long_functions(source):
-  nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, FUNCTION)]
+def long_functions(tree):
+  nodes = [n for n in ast.walk(tree) if isinstance(n, FUNCTION)]
   return [(n.name, length(n)) for n in nodes if length(n) > MAX_FUNCTION_LINES]
 
 
@@ -43,15 +49,16 @@ def test_function_length():
   found = {
     f"{name_of(path)}:{name}": lines
     for path in PACKAGE + CONFIGS + BENCHMARKS
-    for name, lines in long_functions(path.read_text())
+    for name, lines in long_functions(parsed(path))
   }
   assert {k: v for k, v in found.items() if k not in TOO_LONG} == {}
 
 
 def test_long_functions_found():
   body = "\n".join("  x = 1" for _ in range(MAX_FUNCTION_LINES))
-  assert long_functions(f"@decorator\ndef f():\n{body}") == [("f", MAX_FUNCTION_LINES + 2)]
-  assert long_functions("def f():\n  x = 1") == []
+  long, short = ast.parse(f"@decorator\ndef f():\n{body}"), ast.parse("def f():\n  x = 1")
+  assert long_functions(long) == [("f", MAX_FUNCTION_LINES + 2)]
+  assert long_functions(short) == []
 
 
 def test_file_length():
@@ -63,7 +70,7 @@ def test_file_length():
 
 def test_every_module_has_docstring():
   modules = PACKAGE + CONFIGS + BENCHMARKS
-  undocumented = [name_of(p) for p in modules if not ast.get_docstring(ast.parse(p.read_text()))]
+  undocumented = [name_of(p) for p in modules if not ast.get_docstring(parsed(p))]
   assert undocumented == []
 
 
@@ -217,12 +224,13 @@ def function():
 
 def test_every_import_declared():
   distributions = importlib.metadata.packages_distributions()
+  allowed = declared() | optional()
   undeclared = {}
   for path in PACKAGE:
-    for name in set(imported_packages(ast.parse(path.read_text()))):
+    for name in set(imported_packages(parsed(path))):
       if name in sys.stdlib_module_names or name == "vit_jax_zoo":
         continue
       owners = {canonical(d) for d in distributions.get(name, [name])}
-      if not owners & (declared() | optional()):
+      if not owners & allowed:
         undeclared.setdefault(name, []).append(name_of(path))
   assert undeclared == {}

@@ -135,6 +135,7 @@ def test_launch_commands_dry_run():
     dry = [*words[:split], *(["--dry-run"] * ("--dry-run" not in words)), *words[split:]]
     result = subprocess.run(["bash", *dry], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+    assert words[1] != "all" or "v5e:4x4: 16 devices, mesh data=16, batch" in result.stderr
 
 
 def test_python_attributes_exist():

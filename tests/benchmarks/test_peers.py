@@ -112,7 +112,11 @@ def test_failed_implementation_one_line_error(peers, monkeypatch, tmp_path, capf
 
 @pytest.mark.usefixtures("peers")
 @pytest.mark.parametrize(
-  ("name", "published"), [("efficientnet_b0", 5_288_548), ("efficientnet_b6", 43_040_704)]
+  ("name", "published"),
+  [
+    ("efficientnet_b0", 5_288_548),
+    pytest.param("efficientnet_b6", 43_040_704, marks=pytest.mark.long),
+  ],
 )
 def test_efficientnet_parameter_counts(name, published):
   from implementations import efficientnet

@@ -108,8 +108,8 @@ def test_optimization_level_reported(plan, machine):
   before = jax.config.jax_optimization_level
   try:
     jax.config.update("jax_optimization_level", "O1")
-    two = dataclasses.replace(machine, devices=machine.devices[:2])
-    quick = make_plan(tiny(), two, name="tiny")
+    one = dataclasses.replace(machine, devices=machine.devices[:1])
+    quick = make_plan(tiny("--config.model.depth=1"), one, name="tiny")
   finally:
     jax.config.update("jax_optimization_level", before)
   assert quick.as_json()["optimization_level"] == "O1"
@@ -289,6 +289,7 @@ def test_unknown_accelerator_type_raises(name):
     find_topology(name)
 
 
+@pytest.mark.long  # test_readme.py runs this command by launch_tpu.sh
 def test_command_nocompile():
   run = command(*TINY, "--topology=v5litepod-8", "--nocompile")
   assert run.returncode == 0, run.stderr
