@@ -452,7 +452,7 @@ class TestRotatedImages:
       dict(name="pad_objects"),
     ]
     transforms = build_transforms(specs)
-    with train_batches(source, transforms, batch_size=2, seed=0, buckets=1) as batches:
+    with train_batches(source, transforms, batch_size=2, seed=0, buckets=((64, 64),)) as batches:
       batch = next(batches)
     height, width = turned.shape
     assert batch["original_size"].tolist() == [[height, width]] * 2
