@@ -25,7 +25,12 @@ from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.run_summary import log_summary
 from vit_jax_zoo.training import checkpoint, sharding
 from vit_jax_zoo.training.checkpoint import CHECKPOINTS, Checkpointer, restore_variables
-from vit_jax_zoo.training.compiled_steps import EvaluationProgram, Program, abstract_batch_of
+from vit_jax_zoo.training.compiled_steps import (
+  EvaluationProgram,
+  Program,
+  abstract_batch_of,
+  abstract_like,
+)
 from vit_jax_zoo.training.distributed import check_equal, check_equal_arrays, is_primary
 from vit_jax_zoo.training.evaluate import Evaluation, explain, score_predictions
 from vit_jax_zoo.training.feature_evaluation import probe_features
@@ -156,6 +161,8 @@ def _check_evaluations(experiment: Experiment, program: EvaluationProgram) -> No
   for name, to_fit in [*pairs, *((name, True) for name in experiment.fit_sources)]:
     batches = experiment.eval_batches(name, to_fit=to_fit)
     batch = abstract_batch_of(batches.one_example(), batch_size)
+    split = sharding.batch_sharding(experiment.mesh)  # without it, the evaluation would trace again
+    batch = abstract_like(batch, dict.fromkeys(batch, split))
     step = program.features_step if name in experiment.fit_sources else program.predict_step
     try:
       jax.eval_shape(step, program.abstract_variables, batch)  # kept for the evaluation

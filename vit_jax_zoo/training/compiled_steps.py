@@ -29,6 +29,7 @@ class EvaluationProgram:
   task: Task
   mesh: Mesh
   left_out: tuple[str, ...]  # sub-trees that are not created: `task.train_only_collections`
+  init: Callable[[jax.Array], Variables]  # jitted, so that it is traced once
   abstract_batch: Batch  # the global batch for which variables are initialised
   abstract_variables: Variables
   predict_step: PredictStep
@@ -38,10 +39,8 @@ class EvaluationProgram:
   def initial_variables(self, seed: int, pretrain: Pretrain | None = None) -> Variables:
     """Returns the variables before the first step, each device with its own shards."""
     abstract = self.abstract_variables
-    init = jax.jit(
-      lambda rng: _init(self.task, rng, self.abstract_batch, self.left_out),
-      out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
-    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    init = jax.jit(self.init, out_shardings=shardings)
     variables = init(jax.random.split(jax.random.key(seed))[0])
     if pretrain is None:
       return variables
@@ -139,8 +138,9 @@ def build_evaluation(
   left_out: tuple[str, ...] = (),
 ) -> EvaluationProgram:
   """Returns the steps of evaluations, for a global batch of training or of an evaluation."""
+  init = jax.jit(lambda rng: _init(task, rng, abstract_batch, left_out))
   with jax.set_mesh(mesh):
-    abstract = jax.eval_shape(lambda: _init(task, jax.random.key(0), abstract_batch, left_out))
+    abstract = jax.eval_shape(init, jax.random.key(0))
   specs = jax.tree.map(lambda _: PartitionSpec(), dict(abstract))
   specs["params"] = sharding.parameter_specs(abstract["params"], rules, mesh)
   variables = sharding.named_shardings(specs, mesh)
@@ -149,6 +149,7 @@ def build_evaluation(
     task=task,
     mesh=mesh,
     left_out=left_out,
+    init=init,
     abstract_batch=abstract_like(dict(abstract_batch), dict.fromkeys(abstract_batch, split)),
     abstract_variables=abstract_like(abstract, variables),
     predict_step=compile_predict_step(task.predict, variables, mesh),
