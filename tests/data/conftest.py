@@ -1,16 +1,14 @@
 """Fixtures of the data tests: small photographs, class folders, prepared datasets."""
 
-import io
 import json
 import os
 import struct
 
-import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
-from PIL import Image
 
+from tests.data.images import encode, photo
 from vit_jax_zoo.data.sources import tfds as tfds_source
 
 
@@ -22,22 +20,6 @@ def cache(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("VIT_JAX_ZOO_CACHE", str(folder / "cache"))
     yield folder / "cache"
-
-
-def photo(height=40, width=60, seed=0):
-  """Returns a smooth colour image that JPEG compresses with little loss."""
-  phase = np.random.default_rng(seed).uniform(0, 6, 3)
-  y, x = np.mgrid[:height, :width]
-  waves = np.sin(x[..., None] / 9 + phase) + np.cos(y[..., None] / 7 + phase)
-  return np.round(127.5 + 60 * waves).astype(np.uint8)
-
-
-def encode(image, image_format="JPEG", **options):
-  buffer = io.BytesIO()
-  if not isinstance(image, Image.Image):
-    image = Image.fromarray(image)
-  image.save(buffer, image_format, **options)
-  return buffer.getvalue()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.data.conftest import encode, photo
+from tests.data.images import encode, photo
 from vit_jax_zoo.data import buckets
 from vit_jax_zoo.data.pipeline import eval_batches, train_batches
 from vit_jax_zoo.data.sources.base import DatasetInfo, Source

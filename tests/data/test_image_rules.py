@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from tests.data.conftest import encode, photo
+from tests.data.images import encode, photo
 from vit_jax_zoo.data import images
 from vit_jax_zoo.data.pipeline import eval_batches, train_batches
 from vit_jax_zoo.data.sources import load_source

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.data.conftest import encode, photo
+from tests.data.images import encode, photo
 from vit_jax_zoo.data.pipeline import eval_batches, train_batches
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.sources.base import CorruptExampleError, DatasetInfo, Source

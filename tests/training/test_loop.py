@@ -206,7 +206,7 @@ def test_format_scores_omits_classes():
   assert format_scores(scores) == "val/accuracy 0.5  best/val/loss 2"
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 5, 7])
+@pytest.mark.parametrize("stop_at", [1, 4, 5])  # any; evaluated; saved
 def test_stopped_run_resumes_bit_exact(uninterrupted, tmp_path, stop_at):
   def send_sigterm(step):
     if step == stop_at:

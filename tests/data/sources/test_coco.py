@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from tests.data.conftest import encode, photo
+from tests.data.images import encode, photo
 from vit_jax_zoo.data.pipeline import eval_batches, train_batches
 from vit_jax_zoo.data.sources import coco as coco_names
 from vit_jax_zoo.data.sources import load_source

@@ -11,7 +11,7 @@ import pytest
 from faster_coco_eval.core import mask as run_lengths
 from PIL import Image
 
-from tests.data.conftest import encode, photo
+from tests.data.images import encode, photo
 from vit_jax_zoo.builder import _open_evaluations
 from vit_jax_zoo.data.images import orient
 from vit_jax_zoo.data.pipeline import eval_batches, train_batches

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from tests.data.conftest import encode, photo
+from tests.data.images import encode, photo
 from vit_jax_zoo.data.pipeline import train_batches
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms import build_transforms

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from tests.data.conftest import encode, photo
+from tests.data.images import encode, photo
 from vit_jax_zoo.data.images import suffixes
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.sources.folder import read_class_names

@@ -8,7 +8,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from PIL import Image
 
-from tests.data.conftest import photo
+from tests.data.images import photo
 from vit_jax_zoo.data.images import decode_image
 from vit_jax_zoo.data.pipeline import eval_batches
 from vit_jax_zoo.data.sources import load_source

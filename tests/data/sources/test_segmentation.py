@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
-from tests.data.conftest import encode, photo
+from tests.data.images import encode, photo
 from vit_jax_zoo.data.pipeline import eval_batches, train_batches
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.sources import tfds as tfds_source

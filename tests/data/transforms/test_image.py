@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.conftest import encode, photo
+from tests.data.images import encode, photo
 from vit_jax_zoo.data import images, transforms
 from vit_jax_zoo.data import resize as tf_resize
 from vit_jax_zoo.data.transforms import build_transforms
