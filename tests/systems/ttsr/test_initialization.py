@@ -64,6 +64,7 @@ def test_vgg_file_is_not_read_if_init_from_overwrites_it(released):
 def test_missing_vgg_file_raises_before_compilation(monkeypatch, tmp_path):
   config = load("configs/ttsr.py:demo")
   config.task.vgg_file = f"{tmp_path}/vgg19.pth"
+  config.model.update(width=8, depths=(1, 1, 1, 1), texture_widths=(4, 8, 8))
   monkeypatch.setattr(trainer.Experiment, "program", fail_on_data)
   with pytest.raises(WeightsError, match=r"vgg19\.pth"):
     trainer.run(config, epath.Path(tmp_path / "run"), trainer.RunOptions())

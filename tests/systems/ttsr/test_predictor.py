@@ -65,17 +65,16 @@ def expected(trained, image, reference):
 
 
 def test_predictor_accepts_any_size_and_aspect_ratio(trained):
-  image, reference = smooth_image(7, 21, seed=0), smooth_image(30, 43, seed=1)
+  image, reference = smooth_image(1, 9, seed=0), smooth_image(30, 43, seed=1)
   predictor = create_predictor(trained, Options(reference=reference))
   prediction = predictor(image)
   result = prediction.pictures[""]
   assert np.abs(result - expected(trained, image, reference)).max() <= 1
   assert result.dtype == np.uint8
-  assert prediction.record["size"] == list(result.shape[:2]) == [28, 84]
+  assert prediction.record["size"] == list(result.shape[:2]) == [4, 36]
   assert prediction.record["reference_size"] == [28, 40]
   assert json.loads(json.dumps(prediction.record)) == prediction.record
   assert len(prediction.pictures["search"].axes) == 8  # and a colour bar
-  assert predictor(smooth_image(1, 5, seed=2)).pictures[""].shape == (4, 20, 3)
 
 
 @pytest.mark.long

@@ -28,6 +28,7 @@ def unfold(maps, scale=1):
   return jnp.stack(patches, axis=1).reshape(maps.shape[0], rows * columns, size**2, -1)
 
 
+@functools.partial(jax.jit, static_argnames="divide_last")
 def full_matrix_match(queries, references, divide_last=False):
   """Divides patches first, as the official code; `divide_last` keeps products of integers exact."""
   asked, known = (
@@ -154,7 +155,7 @@ def test_transfer_from_self_reconstructs_image():
   match = find(maps, maps)
   np.testing.assert_array_equal(match.index[0], np.arange(20).reshape(4, 5))
   np.testing.assert_allclose(match.relevance, 1, atol=1e-6)
-  rebuilt = transfer(maps, match.index, grid_width=5)
+  rebuilt = jax.jit(functools.partial(transfer, grid_width=5))(maps, match.index)
   np.testing.assert_allclose(rebuilt[:, 1:-1, 1:-1], maps[:, 1:-1, 1:-1], atol=1e-6)
   np.testing.assert_allclose(rebuilt[:, 0, 0], maps[:, 0, 0] * 4 / 9, atol=1e-6)
 
@@ -186,7 +187,7 @@ def test_search_uses_highest_matmul_precision():
   specified = precisions(find_matches, *random_maps(6))
   images = jnp.zeros((1, 8, 8, 3))
   extractor = VGG19(outputs=("relu2_1",), widths=(4, 4), dtype="bfloat16")
-  variables = extractor.init(jax.random.key(0), images)
+  variables = jax.eval_shape(extractor.init, jax.random.key(0), images)
   specified += precisions(functools.partial(extractor.apply, precise=True), variables, images)
   assert len(specified) >= 4
   assert all(precision == (HIGHEST, HIGHEST) for precision in specified)
@@ -197,7 +198,8 @@ def test_search_uses_highest_matmul_precision():
 def test_relevance_of_other_index_is_lower():
   queries, references = random_maps(7)
   index = jnp.zeros(queries.shape[:3], jnp.int32)
-  assert np.all(relevance_of(queries, references, index) < find(queries, references).relevance)
+  relevance = jax.jit(relevance_of)(queries, references, index)
+  assert np.all(relevance < find(queries, references).relevance)
 
 
 def temporary_bytes(size, **kwargs):

@@ -1,5 +1,7 @@
 """TTSR's and torchvision's VGG-19 files: round trips and initialisation from them."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -37,12 +39,23 @@ def zero_images(batch, side):
   return np.zeros((batch, side, side, 3), np.uint8)
 
 
-def zero_variables(task):
+@functools.cache
+def shapes_with_all_losses(model):
+  task = NarrowTask(model, perceptual_weight=1.0, adversarial_weight=1.0)
   batch = {key: zero_images(2, 32) for key in ("upsampled_image", "image")}
   batch |= {key: zero_images(2, 32) for key in ("ref_image", "blurred_ref_image")}
   batch["low_res_image"] = zero_images(2, 8)
-  shapes = jax.eval_shape(task.init, jax.random.key(0), batch)
-  return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+  return jax.eval_shape(task.init, jax.random.key(0), batch)
+
+
+def zero_variables(task):
+  shapes = shapes_with_all_losses(task.model)
+  variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+  if not task.adversarial_weight:
+    del variables["params"]["discriminator"]
+  if not task.perceptual_weight:
+    del variables["vgg"]
+  return variables
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
