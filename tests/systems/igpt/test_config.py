@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -42,20 +43,22 @@ def run(config, workdir, **options):
 def demo(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("demo")
   config = shrink(load("configs/igpt.py"))
-  config.data.eval.probe.fit_split = "train[:12]+train[700:712]"
+  del config.data.eval["probe"], config.data.eval["completions"]
   return config, run(config, workdir), workdir
 
 
 @pytest.mark.long
-def test_demo_writes_scores_completions_and_probes(demo):
-  _, outcome, workdir = demo
+def test_demo_writes_scores_completions_and_probes(tmp_path):
+  config = shrink(load("configs/igpt.py"))
+  config.data.eval.probe.fit_split = "train[:12]+train[700:712]"
+  outcome = run(config, tmp_path)
   assert outcome.finished
   scores = outcome.scores
   assert scores["test/images"] == 22
   assert scores["test/nats"] < 2 * np.log(4)
   assert 0 < scores["test/bigram_nats"] < np.log(4)
   assert {"probe/layer_0", "probe/layer_1", "probe/pixels", "probe/best_layer"} <= scores.keys()
-  figures = {path.name.rsplit("_", 1)[0] for path in (workdir / "figures").iterdir()}
+  figures = {path.name.rsplit("_", 1)[0] for path in (tmp_path / "figures").iterdir()}
   assert figures == {"train_batch", "completions_completions", "probe_depth"}
 
 
@@ -128,25 +131,26 @@ def test_finetune_recipe_has_lower_rate_and_held_out_validation(
 SMALL = {"num_colors": 16, "num_positions": 1024, "width": 8, "depth": 1, "num_heads": 2}
 
 
-@pytest.fixture
-def published(tmp_path):
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
   """Writes a folder in Hugging Face's layout with a small model and its palette."""
   model = ImageGPT(**SMALL)
-  fresh = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  fresh = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   rng = np.random.default_rng(0)
   variables = jax.tree.map(lambda x: np.float32(rng.normal(0, 0.3, x.shape)), fresh)
   pretrained = Pretrained(
     model, variables, Preprocess((32, 32)), {"image_size": (32, 32)}, task="pixel_modelling"
   )
-  export.write(pretrained, "hf", str(tmp_path / "published"))
-  return tmp_path / "published"
+  folder = tmp_path_factory.mktemp("published") / "igpt"
+  export.write(pretrained, "hf", str(folder))
+  return folder
 
 
 def nats_config(folder):
   """Returns the config of `configs/igpt.py:s_eval_nll` for the small model."""
   flags = [f"--config.model.{k}={v}" for k, v in SMALL.items()]
-  flags += ["--config.batch_size=6", "--config.data.loader.num_workers=0"]
-  choice = f"s_eval_nll,source=demo:digits,split=test[:6],init_from={folder}"
+  flags += ["--config.batch_size=2", "--config.data.loader.num_workers=0"]
+  choice = f"s_eval_nll,source=demo:digits,split=test[:2],init_from={folder}"
   return load(f"configs/igpt.py:{choice}", flags)
 
 
@@ -155,21 +159,22 @@ def test_eval_nll_of_published_checkpoint_equals_logits(published, tmp_path):
   outcome = run(config, tmp_path / "run", eval_only=True)
   loaded = load_pretrained(str(published))
   batch = next(iter(trainer.build(config).eval_batches("test")))
-  images = jnp.asarray(batch["image"][:6], jnp.float32) / 127.5 - 1
-  assert images.shape == (6, 32, 32, 3)
+  images = jnp.asarray(batch["image"][:2], jnp.float32) / 127.5 - 1
+  assert images.shape == (2, 32, 32, 3)
   out = jax.jit(loaded.model.apply)(loaded.variables, images)
   nats = -jax.nn.log_softmax(out["pixel_logits"])[
-    np.arange(6)[:, None], np.arange(1024)[None], out["tokens"]
+    np.arange(2)[:, None], np.arange(1024)[None], out["tokens"]
   ]
-  assert outcome.scores["test/images"] == 6
+  assert outcome.scores["test/images"] == 2
   assert outcome.scores["test/nats"] == pytest.approx(float(nats.mean()), rel=1e-5)
 
 
 def test_published_checkpoint_without_palette_warns(published, tmp_path, caplog):
-  (published / "preprocessor_config.json").unlink()
+  folder = shutil.copytree(published, tmp_path / "copy")
+  (folder / "preprocessor_config.json").unlink()
   with caplog.at_level(logging.WARNING, logger="absl"):
-    run(nats_config(published), tmp_path / "run", eval_only=True)
-  assert f"{published}: no palette" in caplog.text
+    run(nats_config(folder), tmp_path / "run", eval_only=True)
+  assert f"{folder}: no palette" in caplog.text
 
 
 def test_missing_dataset_error_names_prepare_command(tmp_path):

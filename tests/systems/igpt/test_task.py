@@ -21,7 +21,7 @@ from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
 from vit_jax_zoo.weights import key_map as table
 
-TINY = {"num_colors": 8, "num_positions": 16, "width": 16, "depth": 2, "num_heads": 2}
+TINY = {"num_colors": 8, "num_positions": 16, "width": 16, "depth": 1, "num_heads": 2}
 
 
 def make_task(model_fields=None, **fields):
