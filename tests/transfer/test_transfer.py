@@ -122,8 +122,11 @@ def test_vtab_protocol(digits, tmp_path, monkeypatch):
     for group, name in (("natural", "digits"), ("structured", "photos"))
   }
   monkeypatch.setattr(benchmarks, "VTAB", {"digits": task, "photos": photos})
-  command.run_and_write(request, digits, tmp_path, {})
-  means = json.loads((tmp_path / "transfer.json").read_text())["means"]["vtab"]
+  scores = kept["suites"]["vtab"]
+  outcomes = [
+    Outcome("vtab", name, {"accuracy": scores[name]["accuracy"]}) for name in ("digits", "photos")
+  ]
+  means = command.results(outcomes)["means"]["vtab"]
   assert means["mean"] == pytest.approx((means["natural"] + means["structured"]) / 2)
 
 
@@ -195,7 +198,7 @@ def test_igpt_layer_selected_on_held_out_images(tmp_path):
   source = load_source("demo:digits", FIT)
   images = np.stack([prepare(pixels(source[i]["image"]))["image"] for i in range(0, 300, 15)])
   batch = {"image": images}
-  variables = {**task.init(jax.random.key(0), batch), **task.init_from_data([batch])}
+  variables = {**jax.jit(task.init)(jax.random.key(0), batch), **task.init_from_data([batch])}
   scores, figures = knn_of(Trained("igpt", task, variables, prepare, (8, 8), "igpt"), tmp_path)
   assert scores["features"] == f"layer_{scores['best_layer']:.0f}"
   assert scores["accuracy"] == scores[scores["features"]] > 0.2

@@ -261,12 +261,31 @@ def test_layer_equals_lucidrains(load_golden, name, implementation):
   assert_close(out, outputs["out"])
 
 
+NORM = {"scale": 1, "bias": 0, "mean": 0, "var": 1}
+
+
 def random_layer(shape, **fields):
   """Returns a jitted layer, its variables, and a random map of this shape."""
   x = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
   layer = LambdaLayer(**{"dim_k": 4, "receptive_field": 3, **fields})
-  variables = jax.jit(lambda x: layer.init(jax.random.key(0), x, train=False))(x)
+  shapes = jax.eval_shape(lambda x: layer.init(jax.random.key(0), x, train=False), x)
+  rng = np.random.default_rng(2)
+  variables = jax.tree.map_with_path(
+    lambda path, leaf: (
+      np.full(leaf.shape, NORM[path[-1].key], np.float32)
+      if path[-1].key in NORM
+      else rng.normal(0, 0.5, leaf.shape).astype(np.float32)
+    ),
+    shapes,
+  )
   return jax.jit(lambda v, x: layer.apply(v, x, train=False)), variables, x
+
+
+def test_jit_equals_eager():
+  layer, variables, x = random_layer((1, 4, 3, 8))
+  variables = jax.tree.map(jnp.asarray, variables)
+  eager = LambdaLayer(dim_k=4, receptive_field=3).apply(variables, x, train=False)
+  np.testing.assert_allclose(layer(variables, x), eager, atol=1e-4)
 
 
 def test_local_layer_is_translation_equivariant():
@@ -288,8 +307,9 @@ def test_global_table_is_cropped_or_extended_for_other_map_sizes():
 
 
 def test_paper_initialisation_has_stated_standard_deviations():
-  _, variables, _ = random_layer((1, 4, 4, 256), num_heads=8, dim_k=16, receptive_field=23)
-  params = variables["params"]
+  layer = LambdaLayer(num_heads=8, dim_k=16, receptive_field=23)
+  init = jax.jit(functools.partial(layer.init, train=False))
+  params = init(jax.random.key(0), jnp.zeros((1, 4, 4, 256)))["params"]
   kernel = np.asarray(params["qkv"]["kernel"])
   assert kernel.shape == (256, 8 * 16 + 16 + 256 // 8)
   np.testing.assert_allclose(kernel[:, :128].std(), (16 * 256) ** -0.5, rtol=0.05)

@@ -9,7 +9,7 @@ from flax import traverse_util
 from vit_jax_zoo.systems.vit.hybrid import StandardizedConv, StandardizedResNet
 from vit_jax_zoo.weights import key_map as table
 
-SIZES = {"stage_sizes": (1, 3), "width": 32}
+SIZES = {"stage_sizes": (3,), "width": 32}
 
 
 def loss_and_gradients(model, params, images):
@@ -29,9 +29,9 @@ def test_scanned_units_equal_unrolled(remat):
   rng = np.random.default_rng(1)
   params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
   flat = traverse_util.flatten_dict(params, sep="/")
-  assert flat["stage_1_units/conv_2/kernel"].shape == (2, 3, 3, 64, 64)
+  assert flat["stage_0_units/conv_2/kernel"].shape == (2, 3, 3, 32, 32)
   layers = table.unroll(flat)
-  assert {"stage_1_unit_0/shortcut_conv/kernel", "stage_1_unit_2/conv_1/kernel"} < layers.keys()
+  assert {"stage_0_unit_0/shortcut_conv/kernel", "stage_0_unit_2/conv_1/kernel"} < layers.keys()
   for key, array in table.stack(layers, flat).items():
     np.testing.assert_array_equal(array, flat[key])
 

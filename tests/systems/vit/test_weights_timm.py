@@ -136,12 +136,16 @@ def test_position_rows_of_non_square_grid(cls_row, size, tmp_path):
   images = np.random.default_rng(1).normal(size=(1, *size, 3)).astype(np.float32)
   expected = jax.jit(model.apply)(variables, images)["logits"]
   config = {"pretrained_cfg": {"input_size": [3, *size]}}
+  models = []
   for stated in ({}, config, {**config, "model_args": {"no_embed_class": not cls_row}}):
     if stated:
       (tmp_path / "config.json").write_text(json.dumps(stated))
     fields = {} if stated else {"source_image_size": size}
     loaded = load_pretrained(path, **fields)
-    close(jax.jit(loaded.model.apply)(loaded.variables, images)["logits"], expected, 1e-4)
+    models.append(loaded.model)
+    assert_same_arrays(flat(loaded.variables), flat(variables))
+  assert models == [loaded.model] * 3
+  close(jax.jit(loaded.model.apply)(loaded.variables, images)["logits"], expected, 1e-4)
   assert loaded.model.cls_token_position == cls_row
 
 
