@@ -65,6 +65,8 @@ def demo_with(**fields):
     ({"task__label_smoothing": "a"}, "label_smoothing is 'a'"),
     ({"model__dtype": "fp16"}, "dtype of vit_.* 'fp16'.*bfloat16"),
     ({"model__dtype": "float16"}, "config.model.dtype: float16"),
+    ({"data__train__extra_sources": "demo:photos"}, "extra_sources: 'd'; expected"),
+    ({"data__train__extra_sources": [{"source": "demo:digits"}]}, "extra_sources: .* split"),
     ({"data__train__source": "../photos"}, r"folder:\.\./photos\?"),
     ({"data__train__source": "Folder:/nowhere"}, "did you mean 'folder'"),
     ({"data__train__source": "tfds:/nowhere/1.0.0"}, "tfds:/nowhere/1.0.0"),
