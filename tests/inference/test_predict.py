@@ -585,6 +585,17 @@ def test_image_size_keeps_crop_ratio(vit_run, tmp_path, specs):
   np.testing.assert_array_equal(found["image"], expected["image"])
 
 
+def test_checkpoint_of_another_model_raises(vit_run, tmp_path):
+  shutil.copytree(vit_run, tmp_path / "run")
+  file = tmp_path / "run" / "config.json"
+  config = json.loads(file.read_text())
+  config["model"]["mlp_dim"] *= 2
+  file.write_text(json.dumps(config))
+  for read in (load, load_pretrained):
+    with pytest.raises(ValueError, match=r"run: does not fit .* config\.json \(.*shape"):
+      read(str(tmp_path / "run"))
+
+
 def test_load_pretrained_run(vit_run, igpt_run):
   loaded = load_pretrained(str(vit_run))
   assert loaded.class_names == tuple("0123456789")

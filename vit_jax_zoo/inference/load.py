@@ -15,10 +15,10 @@ from vit_jax_zoo.data.sources.folder import ClassNames, read_class_names
 from vit_jax_zoo.data.transforms import Transform, build_transforms
 from vit_jax_zoo.data.transforms.detection import ResizeShorter
 from vit_jax_zoo.data.transforms.image import CentralCrop, Resize, ResizeSmall, height_width
-from vit_jax_zoo.errors import field_names
+from vit_jax_zoo.errors import field_names, one_line, shorten
 from vit_jax_zoo.inference import base, create_predictor
 from vit_jax_zoo.inference.base import Image, Trained
-from vit_jax_zoo.registry import create_model
+from vit_jax_zoo.registry import create_model, family_of, systems
 from vit_jax_zoo.run_metadata import CONFIG_FILE, RunData, fill_from_data, load_run, main_evaluation
 from vit_jax_zoo.tasks import create_task, task_fields, tasks
 from vit_jax_zoo.tasks.base import Task, Variables
@@ -171,7 +171,9 @@ class _Run:
     requested_size = None if requested_size is None else height_width(requested_size)
     run = cls(path, config, data, variables, model, trained_size, requested_size)
     is_other = run.size != trained_size or options.get("num_classes") is not None
-    return dataclasses.replace(run, variables=_refitted(run) if is_other else _adapted(run))
+    run = dataclasses.replace(run, variables=_refitted(run) if is_other else _adapted(run))
+    _check_model(run)
+    return run
 
   @property
   def size(self) -> Size | None:
@@ -270,6 +272,20 @@ def _adapted(run: _Run) -> Variables:
     params = {k: v for k, v in variables["params"].items() if k != "head"}
     variables = {**variables, "params": params}
   return weights.relayout(variables, scan_layers=getattr(run.model, "scan_layers", None))
+
+
+def _check_model(run: _Run) -> None:
+  """Raises ValueError if the checkpoint is of another model than config.json, as when copied."""
+  others = (family for system in systems().values() for family in system.several_inputs)
+  shape = run.data.shapes.get("image", ())
+  if len(shape) != 3 or family_of(run.model) in others:
+    return
+  images = jax.ShapeDtypeStruct((1, *(run.size or shape[:2]), shape[2]), np.float32)
+  try:
+    jax.eval_shape(run.model.apply, run.variables, images)
+  except Exception as error:
+    wrong = f"{run.path}: does not fit the model of its {CONFIG_FILE}"
+    raise ValueError(f"{wrong} ({shorten(one_line(str(error)), 240)})") from error
 
 
 def _refitted(run: _Run) -> Variables:

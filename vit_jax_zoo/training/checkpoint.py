@@ -435,7 +435,7 @@ def _check_fits(
   *,
   with_dtype: bool = False,
 ) -> None:
-  """Raises ValueError unless the arrays of `read` are the expected ones; logs all differences."""
+  """Raises ValueError unless the arrays of `read` are the expected ones; logs all at `-v=1`."""
   problems = []
   for key, leaf in expected.items():
     if key not in saved:
@@ -446,9 +446,10 @@ def _check_fits(
       problems.append(f"{key} is {np.dtype(saved[key].dtype)}; expected {leaf.dtype}")
   problems += [f"{key} is only in the checkpoint" for key in read if key not in expected]
   if problems:
-    logging.error("%s:\n%s", what, "\n".join(problems))
-    listed, more = problems[:8], len(problems) - 8
-    listed += [f"and {more} more"] if more > 0 else []
+    for problem in problems:
+      logging.debug("%s", problem)
+    listed, more = problems[:4], len(problems) - 4
+    listed += [f"and {more} more (-v=1 lists all)"] if more > 0 else []
     raise ValueError(f"{what}: {'; '.join(listed)}")
 
 
