@@ -85,12 +85,12 @@ SMALL = {"img_size": 32, "embed_dim": 64, "depth": 2}
 @pytest.mark.parametrize(
   ("architecture", "arguments", "message"),
   [
-    ("deit3_small_patch16_224", SMALL, "LayerScale"),
+    ("deit3_small_patch16_224", {**SMALL, "num_heads": 4}, "LayerScale"),
     ("beit_base_patch16_224", {**SMALL, "num_heads": 4}, "LayerScale"),
     ("vit_medium_patch16_gap_240", SMALL, "LayerScale"),
-    ("vit_base_resnet26d_224", SMALL, "ResNet-D"),
+    ("vit_base_resnet26d_224", {**SMALL, "num_heads": 4}, "ResNet-D"),
     ("eva_giant_patch14_224", {**SMALL, "img_size": 28, "num_heads": 4, "mlp_ratio": 2}, "q_bias"),
-    ("vit_base_patch16_224", {**SMALL, "global_pool": ""}, "global_pool"),
+    ("vit_base_patch16_224", {**SMALL, "num_heads": 4, "global_pool": ""}, "global_pool"),
     ("lambda_resnet26t", {"stem_pool": ""}, "stem_pool"),
     ("lambda_resnet26t", {"act_layer": "gelu"}, "act_layer"),
   ],

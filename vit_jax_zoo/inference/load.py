@@ -171,9 +171,8 @@ class _Run:
     requested_size = None if requested_size is None else height_width(requested_size)
     run = cls(path, config, data, variables, model, trained_size, requested_size)
     is_other = run.size != trained_size or options.get("num_classes") is not None
-    run = dataclasses.replace(run, variables=_refitted(run) if is_other else _adapted(run))
-    _check_model(run)
-    return run
+    variables = _refitted(run) if is_other else _adapted(run)
+    return _checked(dataclasses.replace(run, variables=variables))
 
   @property
   def size(self) -> Size | None:
@@ -274,18 +273,19 @@ def _adapted(run: _Run) -> Variables:
   return weights.relayout(variables, scan_layers=getattr(run.model, "scan_layers", None))
 
 
-def _check_model(run: _Run) -> None:
-  """Raises ValueError if the checkpoint is of another model than config.json, as when copied."""
+def _checked(run: _Run) -> _Run:
+  """Returns the run; ValueError if its checkpoint is another model's, as when copied."""
   others = (family for system in systems().values() for family in system.several_inputs)
   shape = run.data.shapes.get("image", ())
   if len(shape) != 3 or family_of(run.model) in others:
-    return
+    return run
   images = jax.ShapeDtypeStruct((1, *(run.size or shape[:2]), shape[2]), np.float32)
   try:
     jax.eval_shape(run.model.apply, run.variables, images)
   except Exception as error:
     wrong = f"{run.path}: does not fit the model of its {CONFIG_FILE}"
     raise ValueError(f"{wrong} ({shorten(one_line(str(error)), 240)})") from error
+  return run
 
 
 def _refitted(run: _Run) -> Variables:

@@ -32,6 +32,7 @@ from vit_jax_zoo.training import disk_errors
 from vit_jax_zoo.training.distributed import all_gather_objects, is_primary
 
 PathLike: TypeAlias = str | os.PathLike[str]
+Leaves: TypeAlias = Mapping[str, Any]  # arrays or their shapes, by path
 
 CHECKPOINTS, BEST = "checkpoints", "best"
 STATE, VARIABLES, METADATA = "state", "variables", "metadata"
@@ -97,8 +98,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     The mesh of the shardings in `abstract_state` may differ from the one that saved. ValueError if
     names, shapes or dtypes differ from those saved, or the checkpoint is damaged.
     """
-    step = self.latest_step
-    if step is None:
+    if (step := self.latest_step) is None:
       return None
     directory = self.workdir / CHECKPOINTS / str(step)
     verify(directory, self._advice)
@@ -111,8 +111,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       return self._newest.manager.restore(step, args=arguments)[STATE]
 
   def _advice(self) -> str:
-    earlier = sorted(self._newest.manager.all_steps())[:-1]
-    if earlier:
+    if earlier := sorted(self._newest.manager.all_steps())[:-1]:
       return f"remove this folder; the same command then resumes at step {earlier[-1]}"
     best = self.best_step
     start = "" if best is None else f" (or use --config.init_from={self.workdir / BEST}/{best})"
@@ -256,8 +255,7 @@ def restore_variables(
 
 def _keys_in_state(saved: Iterable[str]) -> dict[str, str]:
   """Returns the path of each variable within a saved train state, by its path in the variables."""
-  averages = {key.removeprefix("ema/"): key for key in saved if key.startswith("ema/")}
-  if averages:
+  if averages := {key.removeprefix("ema/"): key for key in saved if key.startswith("ema/")}:
     return averages
   params = {key: key for key in saved if key.startswith("params/")}
   return params | {k.removeprefix("model_state/"): k for k in saved if k.startswith("model_state/")}
@@ -428,12 +426,7 @@ def _end_of(error: BaseException, checkpoint: epath.Path) -> str:
 
 
 def _check_fits(
-  expected: Mapping[str, Any],
-  saved: Mapping[str, Any],
-  read: Iterable[str],
-  what: str,
-  *,
-  with_dtype: bool = False,
+  expected: Leaves, saved: Leaves, read: Iterable[str], what: str, *, with_dtype: bool = False
 ) -> None:
   """Raises ValueError unless the arrays of `read` are the expected ones; logs all at `-v=1`."""
   problems = []
@@ -446,11 +439,9 @@ def _check_fits(
       problems.append(f"{key} is {np.dtype(saved[key].dtype)}; expected {leaf.dtype}")
   problems += [f"{key} is only in the checkpoint" for key in read if key not in expected]
   if problems:
-    for problem in problems:
-      logging.debug("%s", problem)
-    listed, more = problems[:4], len(problems) - 4
-    listed += [f"and {more} more (-v=1 lists all)"] if more > 0 else []
-    raise ValueError(f"{what}: {'; '.join(listed)}")
+    logging.debug("%s", "\n".join(problems))
+    more = f"; and {len(problems) - 4} more (-v=1 lists all)" if len(problems) > 4 else ""
+    raise ValueError(f"{what}: {'; '.join(problems[:4])}{more}")
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

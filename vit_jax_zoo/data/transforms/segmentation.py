@@ -58,8 +58,8 @@ class LoadLabelMap(TargetTransform):
         "if 255 is the foreground, set load_label_map's classes=(0, 255)"
       )
     if len(counts) == 1:
-      text = f"{source.info.name}: a sample of label maps has only the value {next(iter(counts))}"
-      _log_once(logging.WARNING, f"{text}; expected several classes")
+      text = f"{source.info.name}: only the value {next(iter(counts))} in a sample of label maps"
+      _log_once(logging.WARNING, text)
     ignored = {value: n for value, n in counts.most_common() if self._ignored(value)}
     total, valid = counts.total(), sum(n for v, n in counts.items() if v and v not in ignored)
     if ignored:
