@@ -210,9 +210,7 @@ def _open_evaluations(
 
 def _open(open_source: Callable[..., Source], spec: Any, split: str = "split") -> Source:
   if not isinstance(spec, Mapping | ConfigDict) or not {"source", split} <= set(spec):
-    raise ValueError(
-      f"extra_sources: {spec!r}; expected a list of sections with source and {split}"
-    )
+    raise ValueError(f"extra_sources: {spec!r}; expected sections with source and {split}")
   options = {key: spec[key] for key in spec if key not in SECTION}
   others = (_open(open_source, other) for other in spec.get("extra_sources") or ())
   return join_sources([open_source(spec["source"], spec[split], **options), *others])

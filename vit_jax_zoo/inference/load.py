@@ -277,14 +277,13 @@ def _checked(run: _Run) -> _Run:
   """Returns the run; ValueError if its checkpoint is another model's, as when copied."""
   others = (family for system in systems().values() for family in system.several_inputs)
   shape = run.data.shapes.get("image", ())
-  if len(shape) != 3 or family_of(run.model) in others:
-    return run
-  images = jax.ShapeDtypeStruct((1, *(run.size or shape[:2]), shape[2]), np.float32)
-  try:
-    jax.eval_shape(run.model.apply, run.variables, images)
-  except Exception as error:
-    wrong = f"{run.path}: does not fit the model of its {CONFIG_FILE}"
-    raise ValueError(f"{wrong} ({shorten(one_line(str(error)), 240)})") from error
+  if len(shape) == 3 and family_of(run.model) not in others:
+    images = jax.ShapeDtypeStruct((1, *(run.size or shape[:2]), shape[2]), np.float32)
+    try:
+      jax.eval_shape(run.model.apply, run.variables, images)
+    except Exception as error:
+      wrong = f"{run.path}: does not fit the model of its {CONFIG_FILE}"
+      raise ValueError(f"{wrong} ({shorten(one_line(str(error)), 240)})") from error
   return run
 
 
