@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import golden_folder, system_module
+from tests.variables import trace_once  # noqa: F401, a fixture
 from vit_jax_zoo.nn.resnet import ResNet
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.weights import WeightsError, load_parts

@@ -1,5 +1,6 @@
 """Published formats by path: LambdaResNet and iGPT, containers, invalid files."""
 
+import functools
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import golden_folder
+from tests.variables import trace_once  # noqa: F401, a fixture
 from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.weights import WeightsError, load_into, readers, tf_bundle
 from vit_jax_zoo.weights.formats import formats, read_checkpoint
@@ -123,9 +125,8 @@ def test_tensorflow_checkpoint_without_tensorflow(name, load_golden, tmp_path):
   assert loaded.model.causal == (name == "igpt_tf_a")
   np.testing.assert_array_equal(loaded.variables["palette"]["clusters"], clusters)
   visible = jnp.asarray(inputs["keep_mask"] > 0) if "keep_mask" in inputs else None
-  out = loaded.model.apply(
-    loaded.variables, jnp.asarray(inputs["tokens"]), visible=visible, method="from_tokens"
-  )
+  apply = jax.jit(functools.partial(loaded.model.apply, method="from_tokens"))
+  out = apply(loaded.variables, jnp.asarray(inputs["tokens"]), visible=visible)
   np.testing.assert_allclose(out["pixel_logits"], outputs["gen_logits"], atol=1e-4)
 
 
@@ -168,7 +169,8 @@ def test_imagegpt_folder_round_trip(imagegpt, load_golden, tmp_path):
   assert loaded.task == "pixel_modelling"
   assert loaded.config["image_size"] == (8, 8)
   assert loaded.model.use_bias
-  out = loaded.model.apply(loaded.variables, jnp.asarray(inputs["tokens"]), method="from_tokens")
+  apply = jax.jit(functools.partial(loaded.model.apply, method="from_tokens"))
+  out = apply(loaded.variables, jnp.asarray(inputs["tokens"]))
   np.testing.assert_allclose(out["pixel_logits"], outputs["logits"], atol=1e-4)
   images = jnp.asarray(inputs["image"], jnp.float32).reshape(-1, 8, 8, 3) / 127.5 - 1
   tokens = jax.jit(loaded.model.apply)(loaded.variables, images)["tokens"]
@@ -234,11 +236,9 @@ def test_imagegpt_classifier(imagegpt, tmp_path):
   loaded = load_pretrained(str(imagegpt))
   assert loaded.model.num_classes == 10
   assert not loaded.model.sos_token
-  out = loaded.model.apply(
-    loaded.variables,
-    jnp.asarray(np.load(golden_folder("imagegpt_a") / "inputs.npz")["tokens"]),
-    method="from_tokens",
-  )
+  apply = jax.jit(functools.partial(loaded.model.apply, method="from_tokens"))
+  tokens = np.load(golden_folder("imagegpt_a") / "inputs.npz")["tokens"]
+  out = apply(loaded.variables, jnp.asarray(tokens))
   outputs = np.load(golden_folder("imagegpt_a") / "outputs.npz")
   np.testing.assert_allclose(out["logits"], outputs["clf_logits_hf_no_sos"], atol=1e-4)
   (imagegpt / "config.json").write_text('{"n_head": 4, "scale_attn_weights": false}')

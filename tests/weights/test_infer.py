@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import golden_folder
+from tests.variables import trace_once  # noqa: F401, a fixture
 from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.weights import WeightsError, key_map
@@ -118,10 +119,9 @@ def test_grayscale_models(name, kernel, tmp_path):
     given = re.escape(str(list(shape)))
     with pytest.raises(ValueError, match=rf"{given}.*\[height, width, 1\]"):
       loaded.preprocess([np.zeros(shape, np.uint8)])
+  prepare = load(path, image_size=32, needs_head=False).prepare
   for gray, rgb in ((76, (255, 0, 0)), (150, (0, 255, 0)), (29, (0, 0, 255)), (9, (9, 9, 9))):
-    prepared = load(path, image_size=32, needs_head=False).prepare(
-      np.full((40, 50, 3), rgb, np.uint8)
-    )
+    prepared = prepare(np.full((40, 50, 3), rgb, np.uint8))
     np.testing.assert_array_equal(prepared["image"], np.full((32, 32, 1), gray))
   form = "hf" if name == "vit_hf_a" else "safetensors-timm"
   export.write(loaded, form, str(tmp_path / "again"))

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.variables import trace_once  # noqa: F401, a fixture
 from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
@@ -56,7 +57,9 @@ def test_export_pth_warns_of_unstored_fields(tmp_path, caplog):
     assert lost in caplog.text
 
 
-@pytest.mark.parametrize("name", sorted(PROCESSORS))
+@pytest.mark.parametrize(
+  "name", ["max_height", pytest.param("shortest_edge", marks=pytest.mark.long)]
+)
 def test_exports_detect_same_boxes(name, tmp_path):
   pretrained = detector(name)
   for form in ("orbax", "hf", "stablehlo"):

@@ -18,6 +18,7 @@ from tests.systems.detr.files import (
   official_file,
   overrides_of,
 )
+from tests.variables import trace_once  # noqa: F401, a fixture
 from vit_jax_zoo import load_pretrained
 from vit_jax_zoo.systems.detr import weights_hf as detr_hf
 from vit_jax_zoo.systems.detr import weights_official as detr_official
@@ -42,11 +43,6 @@ def export_of(loaded):
   return Export("detr", loaded.model, flat, loaded.preprocess, loaded.task, loaded.task_fields)
 
 
-def run(loaded, images, mask):
-  images = np.moveaxis(images, 1, -1)
-  return jax.jit(loaded.model.apply)(loaded.variables, images, mask.astype(bool))
-
-
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
   """`load(name)`: the fixture's model and weights, cached."""
@@ -64,13 +60,15 @@ def load(tmp_path_factory):
 def test_hugging_face_weights_predict_golden_outputs(name, load, load_golden):
   config, inputs, outputs = load_golden(name)
   loaded = load(name)
-  got = run(loaded, inputs["pixel_values"], inputs["pixel_mask"])
+  apply = jax.jit(loaded.model.apply)
+  images, mask = np.moveaxis(inputs["pixel_values"], 1, -1), inputs["pixel_mask"].astype(bool)
+  got = apply(loaded.variables, images, mask)
   close(got["logits"], outputs["logits"])
   close(got["boxes_cxcywh"], outputs["pred_boxes"], atol=2e-5)
   if "pred_masks" in outputs:
     close(got["mask_logits"], outputs["pred_masks"])
   # Without a mask, transformers treats the padding as part of the image.
-  unmasked = run(loaded, inputs["pixel_values"], np.ones_like(inputs["pixel_mask"]))
+  unmasked = apply(loaded.variables, images, np.ones_like(mask))
   close(unmasked["logits"], outputs["nomask/logits"])
   close(unmasked["boxes_cxcywh"], outputs["nomask/pred_boxes"], atol=2e-5)
   assert len(loaded.class_names) == config["num_labels"]

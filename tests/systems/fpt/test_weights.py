@@ -15,6 +15,7 @@ from tests.systems.rcnn.test_weights import (
   pretrained,
   random_variables,
 )
+from tests.variables import trace_once  # noqa: F401, a fixture
 from vit_jax_zoo import export
 from vit_jax_zoo.inference.load import load, load_pretrained
 from vit_jax_zoo.systems.rcnn.model import RCNN

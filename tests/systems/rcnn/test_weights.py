@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.variables import trace_once  # noqa: F401, a fixture
 from vit_jax_zoo import export
 from vit_jax_zoo.inference.load import load_pretrained
 from vit_jax_zoo.systems.rcnn import weights_detectron as rcnn_classes
