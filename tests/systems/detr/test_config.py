@@ -12,17 +12,20 @@ from configs import detr
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.training.optim import create_optimizer
 
+PARAMS = {}  # by the model's fields: several recipes have the same model
+
 
 @functools.cache
 def optimizer_and_params(variant):
   """Returns the recipe's optimizer, and its model's parameters by path."""
   config = detr.get_config(variant)
   fields = {k: 91 if v is None else v for k, v in config.model.to_dict().items()}
-  model = create_model(**fields)
-  images = jnp.zeros((1, 64, 64, 3))
-  params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-  optimizer = create_optimizer(config.optimizer.to_dict(), params, num_steps=300)
-  return optimizer, params
+  if repr(fields) not in PARAMS:
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    shapes = jax.eval_shape(create_model(**fields).init, jax.random.key(0), images)
+    PARAMS[repr(fields)] = shapes["params"]
+  params = PARAMS[repr(fields)]
+  return create_optimizer(config.optimizer.to_dict(), params, num_steps=300), params
 
 
 def count_trained(optimizer, params):

@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from tests.conftest import GOLDENS, golden_folder
 from tests.systems.detr.reference import model_of, read_variables
-from vit_jax_zoo.registry import create_model, list_models, sharding_rules
+from vit_jax_zoo.registry import list_models, sharding_rules
 from vit_jax_zoo.systems.detr.model import MAX_LEARNED_POSITIONS, VARIANTS, Detr, sine_positions
 
 # Parameter counts without frozen batch norms, from the official code.
@@ -267,7 +267,8 @@ def test_invalid_fields_raise(fields, message):
 
 
 def test_decoder_sizes_differ_from_encoder():
-  model = Detr(width=8, num_heads=2, mlp_dim=16, decoder={"mlp_dim": 24, "num_heads": 4})
+  sizes = {"width": 8, "num_heads": 2, "mlp_dim": 16, "backbone": TINY["backbone"]}
+  model = Detr(**sizes, decoder={"mlp_dim": 24, "num_heads": 4})
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
   encoder, decoder = shapes["transformer"]["encoder"], shapes["transformer"]["decoder"]
   assert encoder["mlp"]["hidden"]["kernel"].shape == (6, 8, 16)
@@ -283,9 +284,7 @@ def test_learned_positions_of_large_image_raise():
     jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, side, 3)))
 
 
-def test_sharding_rules_match_parameters():
-  model = create_model("detr_r50_panoptic")
-  params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
-  paths = list(traverse_util.flatten_dict(params, sep="/"))
+def test_sharding_rules_match_parameters(tiny):
+  paths = list(traverse_util.flatten_dict(tiny[1]["params"], sep="/"))
   for pattern, _ in sharding_rules("detr_r50"):
     assert any(re.fullmatch(pattern, path) for path in paths), pattern

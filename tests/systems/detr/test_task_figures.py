@@ -26,9 +26,11 @@ def test_predictions_include_attention_only_for_figures():
   backbone = {"blocks": (1, 1, 1, 1), "widths": (2, 2, 2, 2), "stem_width": 2}
   model = Detr(3, 5, 8, 1, 2, 2, 8, backbone=backbone)
   batch = {"image": np.zeros((2, 64, 96, 3), np.uint8)}
+  variables = jax.eval_shape(
+    create_task("detection", model, num_classes=3).init, jax.random.key(0), batch
+  )
   for draw in (True, False):
     task = create_task("detection", model, num_classes=3, draw_attention=draw)
-    variables = jax.eval_shape(task.init, jax.random.key(0), batch)
     predictions = jax.eval_shape(task.predict, variables, batch)
     assert ("attention" in predictions) == draw
     if draw:
