@@ -1,10 +1,12 @@
 import dataclasses
+import json
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.conftest import GOLDENS
 from vit_jax_zoo import create_model, list_models, registry
 
 IMAGE_SIZES = {"igpt": 32}
@@ -16,14 +18,25 @@ def counted_models():
   return [name for name in list_models() if not name.startswith(OWN_COUNTS)]
 
 
+def parameter_count(name):
+  size = IMAGE_SIZES.get(name.split("_")[0], 224)
+  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  shapes = jax.eval_shape(create_model(name).init, jax.random.key(0), images)
+  return sum(x.size for x in jax.tree.leaves(shapes["params"]))
+
+
+@pytest.mark.long
 def test_parameter_counts(golden_json):
-  counts = {}
-  for name in counted_models():
-    size = IMAGE_SIZES.get(name.split("_")[0], 224)
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    shapes = jax.eval_shape(create_model(name).init, jax.random.key(0), images)
-    counts[name] = sum(x.size for x in jax.tree.leaves(shapes["params"]))
-  golden_json("param_counts", counts)
+  golden_json("param_counts", {name: parameter_count(name) for name in counted_models()})
+
+
+def test_parameter_counts_of_smallest_models():
+  """One model of each family; `test_parameter_counts` has all."""
+  counts = json.loads((GOLDENS / "param_counts.json").read_text())
+  for family in registry.model_classes():
+    own = [name for name in registry.variants(family) if name in counts]
+    for name in sorted(own, key=counts.get)[:1]:
+      assert parameter_count(name) == counts[name], name
 
 
 def test_names_begin_with_their_family():
