@@ -19,7 +19,7 @@ from benchmarks.claims.common import Part, Scores, Setting, table_of
 from vit_jax_zoo import builder
 
 ACCURACY = "test/accuracy"
-SIDES, BATCHES = (64, 128, 192), (8, 32)  # of the measured steps; resolutions have batch 8
+SIDES, BATCHES = (64, 96, 128), (8, 32)  # of the measured steps; resolutions have batch 8
 _COMMON = {"source": "demo:shapes", "label_key": "label"}
 _MOVE = [{"name": "decode"}, {"name": "random_translate", "pixels": 4}]
 FIELDS = {

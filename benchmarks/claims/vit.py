@@ -47,7 +47,7 @@ def _data(count: int = COUNTS[1], side: int = 64) -> dict[str, Any]:
 
 
 VIT = {
-  "model.patch_size": 8, "model.width": 96, "model.depth": 6, "model.mlp_dim": 192,
+  "model.patch_size": 8, "model.width": 64, "model.depth": 6, "model.mlp_dim": 128,
   "model.position_embedding": "learned_1d", "optimizer.learning_rate": 1e-3,
   "optimizer.weight_decay": 0.1, "task.label_smoothing": 0.0,
 }  # fmt: skip
@@ -65,11 +65,11 @@ def _vit(
 
 SETTINGS = (
   {
-    f"ViT, {count:,} images": _vit(data=_data(count), prepare=large_set, measure=common.flops)
+    f"ViT {count}": _vit(data=_data(count), prepare=large_set, measure=common.flops)
     for count in COUNTS
   }
   | {
-    f"ResNet, {count:,} images": Setting(
+    f"ResNet {count}": Setting(
       "lambda_resnet:demo",
       {**_data(count), **RESNET},
       (ACCURACY,),
@@ -96,13 +96,11 @@ PARTS = (
     key="data",
     columns={
       **{
-        model: {f"{count:,}": (f"{model}, {count:,} images", ACCURACY) for count in COUNTS}
+        model: {f"{count:,}": (f"{model} {count}", ACCURACY) for count in COUNTS}
         for model in ("ViT", "ResNet")
       },
       **{
-        f"{model}: FLOPs": {
-          f"{count:,}": (f"{model}, {count:,} images", "flops") for count in COUNTS
-        }
+        f"{model}: FLOPs": {f"{count:,}": (f"{model} {count}", "flops") for count in COUNTS}
         for model in ("ViT", "ResNet")
       },
     },
@@ -111,12 +109,12 @@ PARTS = (
     plotted=("ViT", "ResNet"),
     compared={
       "ResNet above ViT with the fewest images": (
-        (f"ResNet, {COUNTS[0]:,} images", ACCURACY),
-        (f"ViT, {COUNTS[0]:,} images", ACCURACY),
+        (f"ResNet {COUNTS[0]}", ACCURACY),
+        (f"ViT {COUNTS[0]}", ACCURACY),
       ),
       "ViT above ResNet with the most images": (
-        (f"ViT, {COUNTS[-1]:,} images", ACCURACY),
-        (f"ResNet, {COUNTS[-1]:,} images", ACCURACY),
+        (f"ViT {COUNTS[-1]}", ACCURACY),
+        (f"ResNet {COUNTS[-1]}", ACCURACY),
       ),
     },
   ),

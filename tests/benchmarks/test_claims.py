@@ -29,6 +29,7 @@ class TestClaim:
     assert {part.key for part in module.PARTS} == {k for k, v in texts.items() if type(v) is dict}
     used = {setting for part in module.PARTS for setting, _ in common.cells_of(part)}
     assert used == set(module.SETTINGS)
+    assert not any("," in name for name in module.SETTINGS)  # `--settings` is a list
 
   def test_settings_fit_configs(self, claim, tmp_path):
     """Each field is one of its config's, and `toy` shortens the run."""
