@@ -41,9 +41,20 @@ def test_outputs_equal_ours(system, tmp_path):
       np.testing.assert_allclose(found[key], value, atol=atol, rtol=1e-4, err_msg=key)
 
 
-def test_preprocessing_within_program(tmp_path):
-  """uint8 images of any size; the resized levels are those of the model's own preprocessing."""
-  made = random_model("vit", interpolation="bicubic", fit="crop", crop_pct=0.9)
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"interpolation": "bicubic", "fit": "crop", "crop_pct": 0.9},
+    {"interpolation": "opencv", "fit": "squash"},
+  ],
+  ids=["bicubic", "opencv"],
+)
+def test_preprocessing_within_program(fields, tmp_path):
+  """uint8 images of any size; the resized levels are those of the model's own preprocessing.
+
+  OpenCV's filter, that of the demos, also slices symbolic axes.
+  """
+  made = random_model("vit", **fields)
   export.write(made, "onnx", str(tmp_path), with_preprocessing=True)
   for height, width in ((100, 64), (37, 80)):
     image = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)

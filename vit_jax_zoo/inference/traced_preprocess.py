@@ -45,7 +45,7 @@ def resize(
   if preprocess.channels == 1:
     x = jnp.floor(x @ jnp.array([[19595.0], [38470.0], [7471.0]]) / 65536 + 0.5)
   # Not jnp.arange: ONNX converters have no dimension as a value.
-  axes = [jnp.cumsum(jnp.ones_like(line))[None] - 0.5 for line in (x[0, :, 0, 0], x[0, 0, :, 0])]
+  axes = [jnp.cumsum(jnp.ones((1, side), x.dtype), axis=1) - 0.5 for side in x.shape[1:3]]
   counts = [pixels[0, -1] + 0.5 for pixels in axes]
   resized = resized_size(preprocess, *counts)
   scales = [old / new for old, new in zip(counts, resized, strict=True)]
