@@ -71,8 +71,7 @@ def main(argv: Sequence[str]) -> int:
   if videos and (len(sources) > 1 or FLAGS.coco_ids):
     raise ValueError(f"--images={videos[0]}: expected no other image, video or --coco_ids")
   paths = [] if videos else find_images(sources)
-  names = (option.name for option in list_options())
-  options = {name: FLAGS[name].value for name in names if FLAGS[name].present}
+  options = {o.name: FLAGS[o.name].value for o in list_options() if FLAGS[o.name].present}
   truth = GroundTruth(pathlib.Path(FLAGS.coco_ids), paths) if FLAGS.coco_ids else None
   options |= {"batch_size": FLAGS.batch_size, "class_names": FLAGS.class_names}
   model, output = predictor(FLAGS.model, **options), pathlib.Path(FLAGS.output)

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -105,7 +106,7 @@ class VisionTransformer(nn.Module):
     x = x if self.fc_norm else norm(x)
     self.sow("intermediates", "encoded", x)
     if self.pool == "cls":
-      features = x[:, 0]
+      features = jax.lax.index_in_dim(x, 0, axis=1, keepdims=False)  # no gather in exports
     else:
       patches = x[:, int(self.has_cls_token) :]
       features = jnp.mean(patches, axis=1, dtype=jnp.float32).astype(x.dtype)
