@@ -102,6 +102,7 @@ def test_names_of_shipped_configs():
   assert zoo.list_configs() == [f"{system}:{variant}" for system, variant in CASES]
 
 
+@pytest.mark.filterwarnings("ignore")  # of attributes that pydoc reads
 def test_package_shows_its_names_without_importing_jax():
   """Names for `dir`, `help` and tab completion."""
   code = "import sys, vit_jax_zoo as zoo; print(*dir(zoo)); assert 'jax' not in sys.modules"
