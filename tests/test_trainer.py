@@ -98,8 +98,8 @@ def test_num_epochs_to_num_steps():
 
 @pytest.fixture(scope="module")
 def again(tmp_path_factory):
-  """A run like `finished` with one metric and explanations, and its calls that open data."""
-  workdir, opened = tmp_path_factory.mktemp("again"), []
+  """A run like `finished` with one metric and explanations, its opened data and its traces."""
+  workdir, opened, traced = tmp_path_factory.mktemp("again"), [], []
   config = tiny(explain=True)
   config.data.eval.test.metrics = ("accuracy",)
   original = trainer.Experiment.train_batches
@@ -109,12 +109,20 @@ def again(tmp_path_factory):
       "train_batches",
       lambda self, *args: opened.append(args) or original(self, *args),
     )
+    for name in ("init", "loss", "predict", "explain"):
+      function = counted(getattr(Classification, name), name, traced)
+      patch.setattr(Classification, name, function)
     outcome = run(config, workdir)
+    traces = sorted(traced)
     rows, saved = read_metrics(workdir), sorted((workdir / "checkpoints").iterdir())
     rescored = run(config, workdir)
   assert (rows, saved) == (read_metrics(workdir), sorted((workdir / "checkpoints").iterdir()))
   assert rescored.scores == outcome.scores
-  return outcome, workdir, opened
+  return outcome, workdir, opened, traces
+
+
+def counted(function, name, calls):
+  return lambda *args: calls.append(name) or function(*args)
 
 
 def test_metrics_selected_in_config(again):
@@ -137,6 +145,10 @@ def test_same_seed_bit_exact(again, finished):
 
 def test_training_data_opened_once(again):
   assert again[2] == [(0,)]
+
+
+def test_model_traced_once_for_each_step(again):
+  assert again[3] == ["explain", "init", "loss", "predict"]
 
 
 @pytest.mark.parametrize(
