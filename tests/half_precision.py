@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def bfloat16_errors(function, *inputs):
@@ -21,6 +22,6 @@ def bfloat16_errors(function, *inputs):
   (_, rough), rough_grads = run(*half)
   (_, exact), exact_grads = run(*(x.astype(jnp.float32) for x in half))
   return [
-    float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
+    float(np.linalg.norm(np.asarray(a, np.float32) - b) / np.linalg.norm(b))
     for a, b in zip([rough, *rough_grads], [exact, *exact_grads], strict=True)
   ]

@@ -6,12 +6,14 @@ import pytest
 
 from tests.systems.rcnn.test_model import check_outputs, check_proposals, tiny
 from tests.systems.rcnn.test_predictor import SMALL
+from tests.variables import random_variables
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Trained
 from vit_jax_zoo.systems.rcnn.model import RCNN
 from vit_jax_zoo.tasks import create_task
 
 
+@pytest.mark.long
 def test_proposals_lie_in_image_and_ignore_padding():
   check_proposals(tiny(neck="fpt"))
 
@@ -38,16 +40,7 @@ def test_explain_draws_attention_of_levels(variant):
   model = RCNN(**{**SMALL, **fields, "neck": "fpt", "neck_fields": neck})
   task = create_task("instance_detection", model, num_classes=2)
   image = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-  shapes = jax.eval_shape(task.init, jax.random.key(0), {"image": image[None]})
-  rng = np.random.default_rng(1)
-
-  def leaf(path, shape):
-    value = {"var": 1.0, "scale": 1.0, "mean": 0.0}.get(path[-1].key)
-    if value is None:
-      return rng.normal(0, 0.1, shape.shape).astype(np.float32)
-    return np.full(shape.shape, value, np.float32)
-
-  variables = jax.tree_util.tree_map_with_path(leaf, shapes)
+  variables = random_variables(task.init, {"image": image[None]})
   trained = Trained("test", task, variables, lambda image: {"image": image}, None, "faster_rcnn")
   prediction = create_predictor(trained, Options(threshold=1.0, explain=True))(image)
   assert prediction.record["objects"] == []

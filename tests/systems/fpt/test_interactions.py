@@ -8,6 +8,7 @@ from flax import traverse_util
 from safetensors.numpy import load_file
 
 from tests.conftest import golden_folder
+from tests.variables import random_variables
 from vit_jax_zoo.nn.drop import DropBlock
 from vit_jax_zoo.systems.fpt import transformer as official
 from vit_jax_zoo.systems.fpt import weights_official as fpt_pt
@@ -133,7 +134,7 @@ def test_rendering_transformer_equals_definition():
   x = jnp.asarray(rng.normal(size=(2, 2, 3, 4)), jnp.float32)
   fine = jnp.asarray(rng.normal(size=(2, 7, 9, 4)), jnp.float32)  # 7 -> 4 -> 2, 9 -> 5 -> 3
   module = RenderingTransformer(4)
-  params = jax.jit(module.init)(jax.random.key(0), x, fine)["params"]
+  params = random_variables(module.init, x, fine)["params"]
   out = jax.jit(module.apply)({"params": params}, x, fine)
   kernels = {name: np.asarray(layer["kernel"]) for name, layer in params.items()}
   gate = (np.asarray(fine) @ kernels["key"]).mean((1, 2), keepdims=True)
@@ -165,7 +166,7 @@ def test_grounding_window_is_centered_on_coarse_cell():
   """With a window of one position, a query attends to the coarse cell that contains it."""
   module = GroundingTransformer(4, 2, window=1)
   x, coarse = jnp.ones((1, 4, 6, 4)), jnp.arange(24.0).reshape(1, 2, 3, 4)
-  params = jax.jit(module.init)(jax.random.key(0), x, coarse)["params"]
+  params = random_variables(module.init, x, coarse)["params"]
   params["value"]["kernel"] = jnp.eye(4)
   out = jax.jit(module.apply)({"params": params}, x, coarse)
   np.testing.assert_array_equal(out, coarse.repeat(2, axis=1).repeat(2, axis=2))
@@ -176,7 +177,7 @@ def test_grounding_window_is_centered_on_coarse_cell():
 def test_attention_dropout_keeps_mean_and_is_random():
   x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 20, 20, 4)), jnp.float32)
   module = official.OfficialSelfTransformer(4, dropout_rate=0.5, block_elements=2 * 100 * 40)
-  variables = jax.jit(functools.partial(module.init, train=False))(jax.random.key(0), x)
+  variables = random_variables(functools.partial(module.init, train=False), x)
   variables["params"]["norm"]["scale"] = jnp.ones(4)
 
   @jax.jit

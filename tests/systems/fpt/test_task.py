@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 
+from tests.variables import random_variables
 from vit_jax_zoo.config import rename_fields
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.tasks import base, create_task
@@ -46,11 +47,20 @@ def batch():
   }
 
 
-def loss_of(task, variables, batch, normalizers=None):
-  context = base.LossContext(
-    rng=jax.random.key(0), step=jnp.asarray(0), normalizers=normalizers or task.normalizers(batch)
-  )
-  return jax.jit(task.loss)(variables, batch, context)
+def make_loss(task):
+  """Returns `loss(variables, batch, normalizers)`, compiled once for each shape."""
+  compiled = jax.jit(task.loss)
+
+  def loss(variables, batch, normalizers=None):
+    normalizers = normalizers or task.normalizers(batch)
+    context = base.LossContext(jax.random.key(0), jnp.asarray(0), normalizers)
+    return compiled(variables, batch, context)
+
+  return loss
+
+
+def loss_of(task, variables, batch):
+  return make_loss(task)(variables, batch)
 
 
 def upsample(logits, size):
@@ -81,7 +91,7 @@ def reference_losses(task, variables, batch):
 
 def test_loss_is_mean_over_labelled_pixels(batch):
   task = make_task()
-  variables = task.init(jax.random.key(1), batch)
+  variables = random_variables(task.init, batch)
   losses, right, logits = reference_losses(task, variables, batch)
   out = loss_of(task, variables, batch)
   assert float(out.loss) == pytest.approx(losses.mean(), rel=1e-5)
@@ -96,37 +106,39 @@ def test_loss_is_mean_over_labelled_pixels(batch):
 
 def test_class_weighted_loss_is_weighted_mean_and_sums_over_micro_batches(batch):
   task = make_task(class_weights=(1.0, 0.5, 4.0))
-  variables = task.init(jax.random.key(1), batch)
+  variables = random_variables(task.init, batch)
   losses, _, _ = reference_losses(task, variables, batch)
   labelled = (batch["label_map"] != 255) & batch["mask"][:, None, None]
   weights = np.array([1.0, 0.5, 4.0])[batch["label_map"][labelled]]
   expected = np.sum(weights * losses) / weights.sum()  # as torch's CrossEntropyLoss(weight=...)
-  out = loss_of(task, variables, batch)
+  loss = make_loss(task)
+  out = loss(variables, batch)
   assert float(out.loss) == pytest.approx(expected, rel=1e-5)
   assert float(out.metrics["loss"].compute()) == pytest.approx(expected, rel=1e-5)
   parts = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)]
-  part_losses = [float(loss_of(task, variables, x, task.normalizers(batch)).loss) for x in parts]
+  part_losses = [float(loss(variables, x, task.normalizers(batch)).loss) for x in parts]
   assert sum(part_losses) == pytest.approx(expected, rel=1e-5)
 
 
 def test_loss_sums_over_micro_batches_and_ignores_padding(batch):
   task = make_task(auxiliary=True)
-  variables = task.init(jax.random.key(1), batch)
-  whole = loss_of(task, variables, batch)
+  variables = random_variables(task.init, batch)
+  loss = make_loss(task)
+  whole = loss(variables, batch)
   normalizers = task.normalizers(batch)
   parts = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)]
-  losses = [float(loss_of(task, variables, part, normalizers).loss) for part in parts]
+  losses = [float(loss(variables, part, normalizers).loss) for part in parts]
   assert sum(losses) == pytest.approx(float(whole.loss), rel=1e-5)
   assert losses[2] == 0
   changed = {**batch, "image": batch["image"].copy(), "label_map": batch["label_map"].copy()}
   changed["image"][1, :, 5:] = 7
   changed["image"][2], changed["label_map"][2] = 9, 1
-  assert float(loss_of(task, variables, changed).loss) == pytest.approx(float(whole.loss), rel=1e-6)
+  assert float(loss(variables, changed).loss) == pytest.approx(float(whole.loss), rel=1e-6)
 
 
 def test_auxiliary_loss_is_weighted(batch):
   task = make_task(auxiliary=True, auxiliary_weight=0.5)
-  variables = task.init(jax.random.key(1), batch)
+  variables = random_variables(task.init, batch)
   out = loss_of(task, variables, batch)
   plain = loss_of(make_task(), variables, batch)
   auxiliary = float(out.metrics["auxiliary_loss"].compute())
@@ -135,7 +147,7 @@ def test_auxiliary_loss_is_weighted(batch):
 
 def test_loss_of_invalid_label_is_nan(batch):
   task = make_task()
-  variables = task.init(jax.random.key(1), batch)
+  variables = random_variables(task.init, batch)
   batch["label_map"][0, 4, 4] = 3
   assert np.isnan(loss_of(task, variables, batch).loss)
 
@@ -169,8 +181,9 @@ def test_predictions_of_odd_size_are_not_shifted():
   task = create_task("semantic_segmentation", StrideFour(), num_classes=3)
   image = np.random.default_rng(0).integers(256, size=(1, 32, 40, 3)).astype(np.uint8)
   variables = {"params": {"weight": jnp.ones(())}}
-  whole = task.predict(variables, {"image": image})["label_map"]
-  part = task.predict(variables, {"image": image[:, :29, :38]})["label_map"]
+  predict = jax.jit(task.predict)
+  whole = predict(variables, {"image": image})["label_map"]
+  part = predict(variables, {"image": image[:, :29, :38]})["label_map"]
   np.testing.assert_array_equal(part, whole[:, :29, :38])
 
 
@@ -188,7 +201,7 @@ def tiny():
     "image": rng.integers(256, size=(4, 32, 32, 3)).astype(np.uint8),
     "label_map": rng.integers(3, size=(4, 32, 32)).astype(np.uint8),
   }
-  variables = jax.jit(task.init)(jax.random.key(0), batch)
+  variables = random_variables(task.init, batch, small=["head"])
 
   @jax.jit
   def step(variables, batch):

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from tests.conftest import golden_folder
+from tests.variables import random_variables
 from vit_jax_zoo import create_model
 from vit_jax_zoo.systems.fpt import weights_official as fpt_pt
 from vit_jax_zoo.systems.fpt.transformer import FeaturePyramidTransformer
@@ -153,12 +154,10 @@ VARIANTS = {
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def trained(request):
-  """A small model of a variant, its variables without zeros, and its gradients."""
+  """A small model of a variant, random variables, and its gradients."""
   model = FeaturePyramidTransformer(32, **VARIANTS[request.param])
   pyramid = random_pyramid(SIDES, NARROW)
-  variables = jax.jit(model.init)(jax.random.key(0), pyramid)
-  grown = jax.tree.map(lambda x: x + 0.3 * (jnp.abs(x).max() == 0), variables["params"])
-  variables = {**variables, "params": grown}
+  variables = random_variables(model.init, pyramid)
 
   def loss(params, variables, pyramid):
     out, changed = model.apply(
@@ -172,7 +171,7 @@ def trained(request):
     return sum(weighed), changed.get("batch_stats", {})
 
   step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-  return model, variables, pyramid, step, step(grown, variables, pyramid)
+  return model, variables, pyramid, step, step(variables["params"], variables, pyramid)
 
 
 def test_gradients_are_finite_and_nonzero_where_used(trained):
@@ -195,9 +194,10 @@ def test_outputs_keep_sizes_and_bfloat16_is_near_float32(trained):
     assert correlation > 0.99
 
 
+@pytest.mark.long
 def test_jit_equals_eager():
   model, pyramid = FeaturePyramidTransformer(32), random_pyramid(((4, 2), (2, 1)), (3, 5), 1)
-  variables = jax.jit(model.init)(jax.random.key(0), pyramid)
+  variables = random_variables(model.init, pyramid)
   for eager, jitted in zip(
     model.apply(variables, pyramid), jax.jit(model.apply)(variables, pyramid), strict=True
   ):

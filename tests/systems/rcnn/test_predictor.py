@@ -1,10 +1,11 @@
 """The R-CNN predictor on images of any size."""
 
-import jax
 import numpy as np
 import pytest
 from faster_coco_eval.core import mask as run_lengths
 
+from tests.systems.rcnn.test_model import HEADS
+from tests.variables import random_variables
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Trained
 from vit_jax_zoo.ops.mask_paste import paste_masks
@@ -45,7 +46,7 @@ def test_prediction_has_objects_and_figures(paste_conventions):
     class_names=("cup", "saucer"), box_detections_per_img=4, box_score_thresh=0.0,
   )  # fmt: skip
   half = {"image": np.zeros((1, 32, 32, 3), np.uint8)}
-  variables = jax.tree.map(np.asarray, jax.jit(task.init)(jax.random.key(0), half))
+  variables = random_variables(task.init, half, small=HEADS)
   trained = Trained(
     "test", task, variables, lambda image: {"image": image[::2, ::2]}, None, "mask_rcnn"
   )

@@ -15,6 +15,7 @@ from vit_jax_zoo.systems.rcnn.boxes import (
 )
 
 TORCHVISION = CONVENTIONS["torchvision"]
+jitted = jax.jit(choose_detections, static_argnames=("limits", "convention"))
 
 
 def test_proposals_are_best_of_each_level_then_of_all():
@@ -54,7 +55,7 @@ def test_detections_are_suppressed_per_class():
   deltas = jnp.asarray(rng.normal(size=(30, 4, 4)), jnp.float32)
 
   def choose(**limits):
-    return choose_detections(
+    return jitted(
       logits, deltas, proposals, jnp.arange(30) < 28, jnp.asarray([64, 64]),
       limits=DetectionLimits(detections_per_img=8, **limits), convention=TORCHVISION,
     )  # fmt: skip
@@ -74,7 +75,7 @@ def test_torchvision_detections_drop_small_boxes(convention, min_size):
   """Boxes beside the image are empty after clipping; torchvision drops them."""
   proposals = jnp.asarray([[0, 0, 8, 8], [70, 0, 78, 8], [20, 20, 20.005, 30]], jnp.float32)
   logits = jnp.asarray([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]])
-  detections = choose_detections(
+  detections = jitted(
     logits, jnp.zeros((3, 2, 4)), proposals, jnp.ones(3, bool), jnp.asarray([64, 64]),
     limits=DetectionLimits(detections_per_img=3), convention=CONVENTIONS[convention],
   )  # fmt: skip
