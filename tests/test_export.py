@@ -145,7 +145,7 @@ def test_stablehlo_without_package(tmp_path):
   files = [str(tmp_path / name) for name in ("model.stablehlo", "images.npy", "logits.npy")]
   command = [sys.executable, "-I", "-c", "import jax.export\n" + RELOAD, *files]
   subprocess.run(command, check=True, cwd=tmp_path, timeout=120)
-  expected = made.model.apply(made.variables, images / 127.5 - 1)["logits"]
+  expected = jax.jit(made.model.apply)(made.variables, images / 127.5 - 1)["logits"]
   np.testing.assert_allclose(np.load(files[2]), expected, atol=1e-5)
   notes = json.loads((tmp_path / "model.json").read_text())
   assert notes["outputs"]["logits"] == ["b", "3", "float32"]
@@ -227,7 +227,7 @@ def test_orbax_export_loads_like_run(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again.variables, made.variables)
   image = np.random.default_rng(1).integers(0, 255, (40, 50, 3), np.uint8)
   top = create_predictor(load(str(tmp_path / "run")), Options())(image).record["top"]
-  logits = made.model.apply(made.variables, made.preprocess([image]))["logits"][0]
+  logits = jax.jit(made.model.apply)(made.variables, made.preprocess([image]))["logits"][0]
   assert top[0]["name"] == ("ant", "bee", "cat")[int(np.argmax(logits))]
   assert abs(top[0]["probability"] - float(jax.nn.softmax(logits).max())) < 1e-5
 
