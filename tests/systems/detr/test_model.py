@@ -44,16 +44,25 @@ def golden(request):
 
 
 @pytest.fixture(scope="module")
-def apply(golden):
-  """`apply(name)`: predictions of the fixture's model, compiled once."""
+def compiled(golden):
+  """`compiled(name)`: the fixture's model as a function of variables, images and mask."""
+
+  @functools.cache
+  def make(name):
+    model = model_of(golden(name)[0])
+    return jax.jit(functools.partial(model.apply, mutable=["intermediates"]))
+
+  return make
+
+
+@pytest.fixture(scope="module")
+def apply(golden, compiled):
+  """`apply(name)`: predictions of the fixture's model, computed once."""
 
   @functools.cache
   def run(name):
-    config, variables, images, mask, _ = golden(name)
-    model = model_of(config)
-    return jax.jit(functools.partial(model.apply, mutable=["intermediates"]))(
-      variables, images, mask
-    )
+    _, variables, images, mask, _ = golden(name)
+    return compiled(name)(variables, images, mask)
 
   return run
 
@@ -105,10 +114,10 @@ def test_unrolled_layers_equal_scanned_layers(golden, apply):
     np.testing.assert_allclose(got[name], value, atol=1e-5)
 
 
-def test_predictions_ignore_padded_pixels(golden, apply):
-  config, variables, images, mask, _ = golden("detr_a")
+def test_predictions_ignore_padded_pixels(golden, apply, compiled):
+  _, variables, images, mask, _ = golden("detr_a")
   noisy = np.where(mask[..., None], images, 1e3).astype(np.float32)
-  got = jax.jit(model_of(config).apply)(variables, noisy, mask)
+  got, _ = compiled("detr_a")(variables, noisy, mask)
   for name, value in apply("detr_a")[0].items():
     np.testing.assert_allclose(got[name], value, atol=1e-5)
 
