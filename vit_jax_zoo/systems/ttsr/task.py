@@ -227,7 +227,7 @@ class SuperResolution(base.Task):
 
 def exchange_references(batch: base.Batch) -> dict[str, Any]:
   """Gives each image the reference of the one half of the real rows away."""
-  real = jnp.sum(base.example_mask(batch).astype(jnp.int32))
+  real = jnp.sum(base.example_mask(batch), dtype=jnp.int32)  # int64 under JAX_ENABLE_X64
   rows = jnp.arange(len(batch["image"]), dtype=jnp.int32)
   other = (rows + jnp.maximum(real // 2, 1)) % jnp.maximum(real, 1)
   moved = {key: jnp.asarray(batch[key])[other] for key in ("ref_image", "blurred_ref_image")}
