@@ -166,7 +166,7 @@ def test_grounding_window_is_centered_on_coarse_cell():
   """With a window of one position, a query attends to the coarse cell that contains it."""
   module = GroundingTransformer(4, 2, window=1)
   x, coarse = jnp.ones((1, 4, 6, 4)), jnp.arange(24.0).reshape(1, 2, 3, 4)
-  params = random_variables(module.init, x, coarse)["params"]
+  params = jax.jit(module.init)(jax.random.key(0), x, coarse)["params"]
   params["value"]["kernel"] = jnp.eye(4)
   out = jax.jit(module.apply)({"params": params}, x, coarse)
   np.testing.assert_array_equal(out, coarse.repeat(2, axis=1).repeat(2, axis=2))
