@@ -5,8 +5,8 @@ import importlib
 import numpy as np
 import pytest
 
-from vit_jax_zoo.data import buckets, pipeline
 from vit_jax_zoo.data import fake_data as stand_in
+from vit_jax_zoo.data import pipeline
 from vit_jax_zoo.data.sources import demo as demo_source
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms import build_transforms
@@ -85,8 +85,7 @@ def test_training_shapes_fixed_size(system, variant, shapes):
   assert shapes.items() <= found.items()
 
 
-def test_training_shapes_several_sizes(monkeypatch):
-  monkeypatch.setattr(buckets, "SAMPLE", 1000)
+def test_training_shapes_several_sizes():
   config = importlib.import_module("configs.detr").get_config("r50_panoptic")
   train = config.data.train
   source = stand_in.load(train.source, "train[:1%]", panoptic=True)

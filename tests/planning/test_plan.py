@@ -108,8 +108,8 @@ def test_optimization_level_reported(plan, machine):
   before = jax.config.jax_optimization_level
   try:
     jax.config.update("jax_optimization_level", "O1")
-    one = dataclasses.replace(machine, devices=machine.devices[:1])
-    quick = make_plan(tiny("--config.model.depth=1"), one, name="tiny")
+    two = dataclasses.replace(machine, devices=machine.devices[:2])
+    quick = make_plan(tiny("--config.model.depth=1"), two, name="tiny")
   finally:
     jax.config.update("jax_optimization_level", before)
   assert quick.as_json()["optimization_level"] == "O1"
