@@ -172,12 +172,12 @@ def _direction_of(fields: Mapping[str, Any]) -> tuple[_Kind, optax.GradientTrans
       raise ValueError(f"optimizer: no {field!r}; found {', '.join(fields)}")
   name = fields["name"]
   check_names("optimizer", [name], OPTIMIZERS)
+  check_names(f"field of optimizer {name}", fields, optimizer_fields(name))
   for key, value in fields.items():
     is_other = key in _NO_NUMBERS or key.endswith("dtype")
     if not (is_other or isinstance(value, Number | None)):
       raise ValueError(f"optimizer.{key}: {value!r}; expected a number")
   own = {key: value for key, value in fields.items() if key not in _FIELDS}
-  check_names(f"field of optimizer {name}", own, optimizer_fields(name))
   for key, value in own.items():
     if key.endswith("dtype") and value is not None:
       own[key] = jnp.dtype(value)
