@@ -12,8 +12,7 @@ from PIL import Image
 
 import vit_jax_zoo as zoo
 from tests.configs.recipes import CASES
-from tests.systems.detr.files import official_file
-from vit_jax_zoo.inference import base, create_predictor
+from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
 from vit_jax_zoo.inference.load import load
 
@@ -56,24 +55,6 @@ def test_batches_equal_single_images(vit_run, monkeypatch):
   assert len(predict(np.stack(images[:3]))) == 3
   assert sizes == [4, 1, 4]  # a batch of 3 is padded
   assert predict([]) == []
-
-
-@pytest.mark.long
-def test_detections_of_several_sizes_equal_single_images():
-  trained = load(official_file("detr_a"))
-  trained = base.dataclasses.replace(
-    trained, prepare=lambda image: {"image": image.astype(np.float32)}
-  )
-  predict = create_predictor(trained, base.Options(threshold=0.0))
-  images = [photo(0, 64, 96), photo(1, 90, 64), photo(2, 60, 91), photo(3, 64, 96)]
-  single = [predict(image) for image in images]
-  predict.batch_size = 4
-  for image, found, expected in zip(images, predict(images), single, strict=True):
-    assert found.labels == expected.labels
-    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4)
-    np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-2)
-    assert (found.boxes[:, 2:] <= [image.shape[1], image.shape[0]]).all()
-    assert repr(found).startswith(f"Result({len(found.labels)} objects: {found.labels[0]} ")
 
 
 def test_what_cannot_be_predicted_raises(vit_run, tmp_path):

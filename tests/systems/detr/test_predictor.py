@@ -152,3 +152,20 @@ def check_coco_files(predictor, folder):
   ids = decode_segments(example["segment_image"], example)
   areas = [int(np.sum(ids == i)) for i in range(len(example["labels"]))]
   assert areas == [segment["area"] for segment in records[1]["segments_info"]]
+
+
+@pytest.mark.long
+def test_detections_of_several_sizes_equal_single_images():
+  trained = load(official_file("detr_a"))
+  trained = dataclasses.replace(trained, prepare=lambda x: {"image": x.astype(np.float32)})
+  predict = create_predictor(trained, Options(threshold=0.0))
+  sizes = (64, 96), (90, 64), (60, 91), (64, 96)
+  images = [random_image(*size, seed) for seed, size in enumerate(sizes)]
+  single = [predict(image) for image in images]
+  predict.batch_size = 4
+  for image, found, expected in zip(images, predict(images), single, strict=True):
+    assert found.labels == expected.labels
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4)
+    np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-2)
+    assert (found.boxes[:, 2:] <= [image.shape[1], image.shape[0]]).all()
+    assert repr(found).startswith(f"Result({len(found.labels)} objects: {found.labels[0]} ")
