@@ -9,12 +9,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import golden_folder, system_module
-from tests.test_export import tiny
 from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.weights import Preprocess, Pretrained, WeightsError
 from vit_jax_zoo.weights.readers import read_published
 
 lambda_resnet = system_module("lambda_resnet", "model")
+system_module("vit")
+from tests.test_export import tiny  # noqa: E402, in a tree with ViT only
 
 pytestmark = [
   pytest.mark.parity,

@@ -139,8 +139,9 @@ def build_evaluation(
 ) -> EvaluationProgram:
   """Returns the steps of evaluations, for a global batch of training or of an evaluation."""
   init = jax.jit(lambda rng: _init(task, rng, abstract_batch, left_out))
+  key = jax.random.key(0)  # not on the mesh, whose devices may be simulated
   with jax.set_mesh(mesh):
-    abstract = jax.eval_shape(init, jax.random.key(0))
+    abstract = jax.eval_shape(init, key)
   specs = jax.tree.map(lambda _: PartitionSpec(), dict(abstract))
   specs["params"] = sharding.parameter_specs(abstract["params"], rules, mesh)
   variables = sharding.named_shardings(specs, mesh)
