@@ -18,7 +18,8 @@ def photo():
 
 
 def one(policy, image, operation, seed=0):
-  return policy.apply_layer(image, operation, np.random.default_rng(seed))
+  layer = policy.apply_layer(Image.fromarray(image), operation, np.random.default_rng(seed))
+  return np.asarray(layer)
 
 
 def outcomes(policy, image, operation, seeds=range(12)):
@@ -114,6 +115,23 @@ class TestTensorFlowVariant:
     assert len(got) == 2
     assert max(close) < 0.01  # float rounding at half a pixel
 
+  @pytest.mark.parametrize(("magnitude", "addition"), [(0, 0), (3, 33), (20, 220)])
+  def test_solarize_add_formula(self, photo, magnitude, addition):
+    expected = np.where(photo < 128, np.minimum(photo.astype(int) + addition, 255), photo)
+    result = one(RandAugment(magnitude=magnitude), photo, "solarize_add")
+    np.testing.assert_array_equal(result, expected)
+
+  def test_cutout_clipped_at_border(self):
+    noise = np.random.default_rng(0).integers(0, 128, (33, 20, 3), dtype=np.uint8)
+    cut = one(RandAugment(magnitude=2), noise, "cutout")  # 16 x 16
+    rng = np.random.default_rng(0)
+    y, x = rng.integers(33), rng.integers(20)
+    inside = np.zeros(noise.shape[:2], bool)
+    inside[max(0, y - 8) : y + 8, max(0, x - 8) : x + 8] = True
+    assert inside.sum() < 256
+    np.testing.assert_array_equal(cut[~inside], noise[~inside])
+    assert (cut[inside] == 128).all()
+
   def test_cutout_side_from_magnitude(self, photo):
     policy = RandAugment(magnitude=5)
     largest = 0
@@ -190,6 +208,18 @@ class TestTimmVariant:
     assert max(values) == 110
     assert np.mean(values) == pytest.approx(99, abs=1.5)
     assert np.std(values) == pytest.approx(5.5, abs=1)
+
+
+@pytest.mark.parametrize(
+  "resample", [ops.Resampling.NEAREST, ops.Resampling.BILINEAR, ops.Resampling.BICUBIC]
+)
+@pytest.mark.parametrize("degrees", [-30.0, 12.5, 27.0])
+def test_rotate_close_to_pillow(photo, degrees, resample):
+  image, fill = Image.fromarray(photo[:64, :80]), (10, 128, 250)
+  expected = image.rotate(degrees, resample, fillcolor=fill)
+  turned = ops.move(image, "rotate", degrees / 30, 0.0, fill, resample)
+  # Pillow rounds its matrix to 15 digits.
+  assert np.mean(np.asarray(turned) != np.asarray(expected)) < 2e-3
 
 
 def test_all_operations_keep_shape_and_dtype(photo):

@@ -37,17 +37,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeAlias
 
-import cv2
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageOps
 from PIL.Image import Resampling
 
 from vit_jax_zoo.data.transforms import ImageTransform
 from vit_jax_zoo.errors import check_names
 
-Pixels: TypeAlias = UInt8[np.ndarray, "h w 3"]
-
+Picture: TypeAlias = Image.Image
 Color: TypeAlias = tuple[int, int, int]  # red, green, blue in [0, 255]
 
 
@@ -98,104 +95,6 @@ class RandomErasing(ImageTransform):
     return (np.rint(values) if dtype == np.uint8 else values).astype(dtype)
 
 
-_LEVELS = np.arange(256)
-
-
-def auto_contrast(image: Pixels) -> Pixels:
-  """Stretches each channel to [0, 255], unless it is constant."""
-  tables = []
-  for channel in cv2.split(image):
-    low, high, _, _ = cv2.minMaxLoc(channel)
-    scale = 255.0 / (high - low) if high > low else 1.0
-    tables.append(_truncate(_LEVELS * scale + (-low * scale if high > low else 0.0)))
-  return _look_up(image, np.stack(tables, axis=1))
-
-
-def equalize(image: Pixels) -> Pixels:
-  """Equalises the histogram of each channel."""
-  return np.asarray(ImageOps.equalize(Image.fromarray(image)))
-
-
-def invert(image: Pixels) -> Pixels:
-  """Returns the negative."""
-  return cv2.bitwise_not(image)
-
-
-def posterize(image: Pixels, bits: int) -> Pixels:
-  """Keeps the `bits` highest bits of each value, 0 to 8."""
-  return image & np.uint8(256 - (1 << (8 - bits)))
-
-
-def solarize(image: Pixels, threshold: int) -> Pixels:
-  """Inverts values from `threshold` on; 256 inverts none."""
-  return _look_up(image, np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS))
-
-
-def solarize_add(image: Pixels, addition: int) -> Pixels:
-  """Adds to values below 128, clipped to 255."""
-  return _look_up(image, np.where(_LEVELS < 128, np.minimum(_LEVELS + addition, 255), _LEVELS))
-
-
-def brightness(image: Pixels, factor: float) -> Pixels:
-  """Blends black (factor 0) with the image (1), and extrapolates."""
-  return _look_up(image, _blend_levels(0, factor))
-
-
-def contrast(image: Pixels, factor: float, grey: int | None = None) -> Pixels:
-  """Blends a gray level, by default the mean brightness, with the image, as `brightness`."""
-  if grey is None:
-    grey = int(np.mean(np.asarray(Image.fromarray(image).convert("L"))) + 0.5)
-  return _look_up(image, _blend_levels(grey, factor))
-
-
-def color(image: Pixels, factor: float) -> Pixels:
-  """Blends the grayscale image with the image, as `brightness`."""
-  return np.asarray(ImageEnhance.Color(Image.fromarray(image)).enhance(factor))
-
-
-def sharpness(image: Pixels, factor: float) -> Pixels:
-  """Blends a smoothed image with the image, as `brightness`."""
-  return np.asarray(ImageEnhance.Sharpness(Image.fromarray(image)).enhance(factor))
-
-
-def affine(
-  image: Pixels, matrix: Sequence[float | int], fill: Color, resample: Resampling
-) -> Pixels:
-  """Reads pixel (x, y) at (a x + b y + c, d x + e y + f), `fill` outside; centers are at halves."""
-  original, method = Image.fromarray(image), Image.Transform.AFFINE
-  moved = original.transform(original.size, method, tuple(matrix), resample, fillcolor=fill)
-  return np.asarray(moved)
-
-
-def rotate(image: Pixels, degrees: float, fill: Color, resample: Resampling) -> Pixels:
-  """Rotates the image counterclockwise about its center."""
-  sine, cosine = math.sin(-math.radians(degrees)), math.cos(-math.radians(degrees))
-  y, x = image.shape[0] / 2, image.shape[1] / 2
-  matrix = (cosine, sine, x - cosine * x - sine * y, -sine, cosine, y + sine * x - cosine * y)
-  return affine(image, matrix, fill, resample)
-
-
-def cutout(image: Pixels, center: tuple[int, int], half: int, fill: Color) -> Pixels:
-  """Fills the square of side `2 * half` about `center` (row, column), clipped to the image."""
-  image = image.copy()
-  top, left = (max(0, at - half) for at in center)
-  image[top : center[0] + half, left : center[1] + half] = fill
-  return image
-
-
-def _blend_levels(start: int, factor: float) -> np.ndarray:
-  """Returns the lookup table of a blend with one level, in float32 as in both libraries."""
-  return _truncate(np.float32(start) + np.float32(factor) * (_LEVELS - start).astype(np.float32))
-
-
-def _truncate(levels: np.ndarray) -> np.ndarray:
-  return np.clip(levels, 0, 255).astype(np.uint8)
-
-
-def _look_up(image: Pixels, table: np.ndarray) -> Pixels:
-  return np.asarray(cv2.LUT(image, table.astype(np.uint8).reshape(1, 256, -1)))
-
-
 GREY = (128, 128, 128)
 
 INTERPOLATIONS = {
@@ -212,36 +111,51 @@ COMMON = (
 """Operations of both variants."""
 
 _MOVES = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
-_ENHANCEMENTS = ("brightness", "color", "contrast", "sharpness")
-_OPERATIONS: dict[str, Callable[..., Pixels]] = {
-  function.__name__: function
-  for function in (
-    auto_contrast, equalize, invert, posterize, solarize, solarize_add, brightness, color, contrast,
-    sharpness,
-  )
-}  # fmt: skip
+_ENHANCEMENTS = {
+  "brightness": ImageEnhance.Brightness,
+  "color": ImageEnhance.Color,
+  "contrast": ImageEnhance.Contrast,
+  "sharpness": ImageEnhance.Sharpness,
+}
+
+
+def _solarize_add(image: Picture, addition: int) -> Picture:
+  levels = np.arange(256)
+  added = np.where(levels < 128, np.minimum(levels + addition, 255), levels)
+  return image.point(added.tolist() * 3)
+
+
+_LEVELS: dict[str, Callable[..., Picture]] = {
+  "auto_contrast": ImageOps.autocontrast,
+  "equalize": ImageOps.equalize,
+  "invert": ImageOps.invert,
+  "posterize": ImageOps.posterize,
+  "solarize": ImageOps.solarize,
+  "solarize_add": _solarize_add,
+}
 
 
 def _signed(value: float, rng: np.random.Generator) -> float:
   return value if rng.random() < 0.5 else -value
 
 
-def _move(
-  image: Pixels, kind: str, strength: float, reach: float, fill: Color, resample: Resampling
-) -> Pixels:
+def move(
+  image: Picture, kind: str, strength: float, reach: float, fill: Color, resample: Resampling
+) -> Picture:
   """Moves pixels by `strength` times 30 degrees, a shear of 0.3, or `reach` pixels."""
-  if kind == "rotate":
-    return rotate(image, 30 * strength, fill, resample)
-  shear, shift = 0.3 * strength, reach * strength
+  angle, shear, shift = -math.radians(30 * strength), 0.3 * strength, reach * strength
+  sine, cosine, x, y = math.sin(angle), math.cos(angle), image.width / 2, image.height / 2
   # TensorFlow (nearest) shears about the center of the first pixel, Pillow about its corner.
   start = -0.5 * shear if resample == Resampling.NEAREST else 0.0
+  # A pixel (x, y), with centers at halves, is read at (a x + b y + c, d x + e y + f).
   matrix = {
+    "rotate": (cosine, sine, x - cosine * x - sine * y, -sine, cosine, y + sine * x - cosine * y),
     "shear_x": (1, shear, start, 0, 1, 0),
     "shear_y": (1, 0, 0, shear, 1, start),
     "translate_x": (1, 0, shift, 0, 1, 0),
     "translate_y": (1, 0, 0, 0, 1, shift),
   }[kind]
-  return affine(image, matrix, fill, resample)
+  return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fill)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,12 +175,13 @@ class _Policy(ImageTransform):
     if image.dtype != np.uint8:
       remedy = "put it before transforms with dtype='float32'"
       raise ValueError(f"{self.name}: expected uint8 images, got {image.dtype}; {remedy}")
+    layered = Image.fromarray(image)
     for _ in range(self.num_layers):
-      image = self.apply_layer(image, self.operations[rng.integers(len(self.operations))], rng)
-    return image
+      layered = self.apply_layer(layered, self.operations[rng.integers(len(self.operations))], rng)
+    return np.asarray(layered)
 
   @abc.abstractmethod
-  def apply_layer(self, image: Pixels, operation: str, rng: np.random.Generator) -> Pixels:
+  def apply_layer(self, image: Picture, operation: str, rng: np.random.Generator) -> Picture:
     """Returns the image after one operation."""
 
 
@@ -281,22 +196,27 @@ class RandAugment(_Policy):
 
   operations = (*COMMON, "cutout")
 
-  def apply_layer(self, image: Pixels, operation: str, rng: np.random.Generator) -> Pixels:
+  def apply_layer(self, image: Picture, operation: str, rng: np.random.Generator) -> Picture:
     strength = self.magnitude / 10
-    if operation in _MOVES:
-      return _move(image, operation, _signed(strength, rng), 100.0, GREY, Resampling.NEAREST)
-    if operation == "cutout":
-      center = (int(rng.integers(image.shape[0])), int(rng.integers(image.shape[1])))
-      return cutout(image, center, int(strength * 40), GREY)
     factor, bits = 0.1 + 1.8 * strength, int(strength * 4)
+    if operation in _MOVES:
+      return move(image, operation, _signed(strength, rng), 100.0, GREY, Resampling.NEAREST)
+    if operation == "cutout":
+      y, x, half = rng.integers(image.height), rng.integers(image.width), int(strength * 40)
+      image = image.copy()
+      image.paste(GREY, (int(x) - half, int(y) - half, int(x) + half, int(y) + half))
+      return image
+    if operation == "contrast":
+      grey = min(255, image.height * image.width // 256)
+      return Image.blend(Image.new("RGB", image.size, (grey, grey, grey)), image, factor)
+    if operation in _ENHANCEMENTS:
+      return _ENHANCEMENTS[operation](image).enhance(factor)
     arguments = {
-      **dict.fromkeys(_ENHANCEMENTS, (factor,)),
-      "contrast": (factor, min(255, image.shape[0] * image.shape[1] // 256)),
       "posterize": (bits if 0 < bits <= 8 else 1,),
       "solarize": (int(strength * 256) % 256,),
       "solarize_add": (int(strength * 110),),
     }
-    return _OPERATIONS[operation](image, *arguments.get(operation, ()))
+    return _LEVELS[operation](image, *arguments.get(operation, ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,21 +236,21 @@ class TimmRandAugment(_Policy):
     self.check("magnitude_std", self.magnitude_std >= 0, "at least 0")
     self.check("fill", len(self.fill) == 3, "3 values")
 
-  def apply_layer(self, image: Pixels, operation: str, rng: np.random.Generator) -> Pixels:
+  def apply_layer(self, image: Picture, operation: str, rng: np.random.Generator) -> Picture:
     if rng.random() >= self.probability:
       return image
     strength = float(np.clip(rng.normal(self.magnitude, self.magnitude_std), 0, 10)) / 10
     if operation in _MOVES:
       choices = INTERPOLATIONS[self.interpolation]
       resample = choices[rng.integers(len(choices))]
-      reach = 0.45 * (image.shape[1] if operation == "translate_x" else image.shape[0])
+      reach = 0.45 * (image.width if operation == "translate_x" else image.height)
       red, green, blue = self.fill
-      return _move(image, operation, _signed(strength, rng), reach, (red, green, blue), resample)
-    if operation in _ENHANCEMENTS:  # the mean brightness is contrast's own default
-      return _OPERATIONS[operation](image, max(0.1, 1 + _signed(0.9 * strength, rng)))
+      return move(image, operation, _signed(strength, rng), reach, (red, green, blue), resample)
+    if operation in _ENHANCEMENTS:
+      return _ENHANCEMENTS[operation](image).enhance(max(0.1, 1 + _signed(0.9 * strength, rng)))
     arguments = {
       "posterize": (4 - int(strength * 4),),
       "solarize": (256 - min(256, int(strength * 256)),),
       "solarize_add": (min(128, int(strength * 110)),),
     }
-    return _OPERATIONS[operation](image, *arguments.get(operation, ()))
+    return _LEVELS[operation](image, *arguments.get(operation, ()))
