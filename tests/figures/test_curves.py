@@ -27,7 +27,7 @@ def test_unknown_key_raises():
 
 
 def test_probe_accuracy_by_depth():
-  figure = draw_probe([0.5, 0.9, 0.7], 1, [("pixels", 0.6)])
+  figure = draw_probe([0.5, 0.9, 0.7], 1, [("pixels", 0.6)], "Probe")
   (ax,) = figure.axes
   curve, best, level = ax.lines
   np.testing.assert_allclose(curve.get_ydata(), [50, 90, 70])

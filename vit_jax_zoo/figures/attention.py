@@ -8,38 +8,30 @@ from jaxtyping import Float, Num
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator
 
 from vit_jax_zoo.errors import shorten
-from vit_jax_zoo.figures.canvas import (
-  MARGIN,
-  add_axes,
-  add_color_bar,
-  chart,
-  heat_map,
-  show_image,
-  write_title,
-)  # fmt: skip
+from vit_jax_zoo.figures import canvas
+from vit_jax_zoo.figures.canvas import MARGIN, Image, Images, add_axes, show_image, write_title
 
 MAX_LAYERS = 12
 COLUMNS = 7  # of the ViT paper's figure 7, which has 28 components
 
+Kernel = Float[np.ndarray, "kh kw c n"]
+
 
 def principal_filters(
-  kernel: Float[np.ndarray, "kh kw c n"], count: int = 28
+  kernel: Kernel, count: int = 28
 ) -> tuple[Float[np.ndarray, "m kh kw c"], Float[np.ndarray, " m"]]:
   """Returns filters' principal components (ViT, figure 7) and their fractions of the variance."""
+  from sklearn.decomposition import PCA  # slow to import
+
   points = np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1]).T
-  _, singular, directions = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)
-  components = directions[:count]
-  largest = np.take_along_axis(components, np.abs(components).argmax(axis=1)[:, None], axis=1)
-  components = components * np.where(largest < 0, -1.0, 1.0)
-  fractions = singular[:count] ** 2 / max(float((singular**2).sum()), 1e-300)
-  filters = components.reshape(-1, *kernel.shape[:3])
-  return filters.astype(np.float32), fractions.astype(np.float32)
+  pca = PCA(min(count, *points.shape), svd_solver="full").fit(points)
+  filters = pca.components_.reshape(-1, *kernel.shape[:3])
+  return filters.astype(np.float32), pca.explained_variance_ratio_.astype(np.float32)
 
 
-def draw_filters(kernel: Float[np.ndarray, "kh kw c n"], *, principal: bool = False) -> Figure:
+def draw_filters(kernel: Kernel, *, principal: bool = False) -> Figure:
   """Draws filters of a layer, or `principal` components, scaled to the largest entry; gray is 0."""
   side = f"{kernel.shape[0]} × {kernel.shape[1]} pixels"
   if principal:
@@ -64,44 +56,37 @@ def draw_filters(kernel: Float[np.ndarray, "kh kw c n"], *, principal: bool = Fa
 
 
 def draw_attention(
-  images: Num[np.ndarray, "b h w c"],
-  maps: Float[np.ndarray, "b gh gw"],
-  captions: Sequence[str] = (),
-  *,
-  subtitle: str = "",
+  images: Images, maps: Float[np.ndarray, "b i j"], captions: Sequence[str] = (), subtitle: str = ""
 ) -> Figure:
   """Draws up to 8 images, with attention as a heat map over each (as ViT paper, figure 6)."""
   shown = min(len(images), 8)
   if not shown:
     raise ValueError("images: none; expected at least one")
   height, width = images.shape[1:3]
-  cell = 1.6 if shown > 1 else float(np.clip(width / 110, 2.4, 5.5))  # one image at its own size
+  is_single = shown == 1  # drawn at its own size, beside its map; several images above theirs
+  cell = float(np.clip(width / 110, 2.4, 5.5)) if is_single else 1.6
   sides = (cell, cell * float(np.clip(height / width, 0.4, 1.6)))
-  rows, columns, gap, below = (2, shown, 0.1, 0.35) if shown > 1 else (1, 2, 0.1, 0.35)
+  rows, columns, gap, below = (1, 2, 0.1, 0.35) if is_single else (2, shown, 0.1, 0.35)
   across, down = columns * (cell + gap), rows * (sides[1] + gap)
   figure = Figure(figsize=(max(across + 2 * MARGIN + 0.75, 5.4), down + 0.75 + below), dpi=110)
   write_title(figure, "Attention", subtitle)
-
-  def cells(row: int, column: int) -> Axes:
-    left, top = MARGIN + column * (cell + gap), below + (rows - 1 - row) * (sides[1] + gap)
-    return add_axes(figure, left, top, *sides)
-
   for i in range(shown):
-    image_ax, map_ax = (cells(0, i), cells(1, i)) if shown > 1 else (cells(0, 0), cells(0, 1))
+    left, top = MARGIN + i * (cell + gap), below + down - sides[1] - gap
+    image_ax = add_axes(figure, left, top, *sides)
+    map_ax = add_axes(figure, *((left + cell + gap, top) if is_single else (left, below)), *sides)
     show_image(image_ax, images[i])
-    show_image(map_ax, heat_map(images[i], maps[i] / max(float(maps[i].max()), 1e-12)))
+    show_image(map_ax, canvas.heat_map(images[i], maps[i] / max(float(maps[i].max()), 1e-12)))
     if i < len(captions):
-      lowest = map_ax if shown > 1 else image_ax
-      lowest.set_xlabel(shorten(captions[i], 19 if shown > 1 else 40), fontsize=9, labelpad=4)
+      lowest, length = (image_ax, 40) if is_single else (map_ax, 19)
+      lowest.set_xlabel(shorten(captions[i], length), fontsize=9, labelpad=4)
   bar = add_axes(figure, MARGIN + across, below, 0.12, sides[1])
-  add_color_bar(figure, "attention", ("0", "largest"), cax=bar)
+  canvas.add_color_bar(figure, "attention", ("0", "largest"), cax=bar)
   return figure
 
 
 def draw_heads(
-  image: Num[np.ndarray, "h w c"],
+  image: Image,
   maps: Float[np.ndarray, "l heads gh gw"],
-  *,
   subtitle: str = "each map scaled to its own maximum",
 ) -> Figure:
   """Draws an image, and the attention map of each layer (row, evenly spaced) and head (column)."""
@@ -126,9 +111,10 @@ def draw_heads(
 
 def draw_position_similarity(table: Float[np.ndarray, "n d"], grid: tuple[int, int]) -> Figure:
   """Draws cosine similarities of position embeddings (ViT, figure 7), at most 14 x 14 patches."""
-  similarity = position_similarity(table, grid)
+  unit = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
+  similarity = (unit @ unit.T).reshape(*grid, *grid)
   stride = -(-max(grid) // 14)
-  rows, columns = range(0, grid[0], stride), range(0, grid[1], stride)
+  rows, columns = (range(0, side, stride) for side in grid)
   tile, left, below = (0.55 if len(columns) > 6 else 0.8), 0.55, 0.5
   width, height = tile * len(columns), tile * len(rows)
   figure = Figure(figsize=(max(left + width + 1.1, 4.4), below + height + 0.8), dpi=110)
@@ -162,24 +148,12 @@ def draw_mosaic(ax: Axes, tiles: Num[np.ndarray, "r c h w *channels"], **style: 
   return image
 
 
-def position_similarity(
-  table: Float[np.ndarray, "n d"], grid: tuple[int, int]
-) -> Float[np.ndarray, "gh gw gh gw"]:
-  """Returns the cosine similarity of the position embeddings of all pairs of patches."""
-  count = grid[0] * grid[1]
-  if len(table) < count:
-    raise ValueError(f"position table: {len(table)} rows; expected {count} or more for {grid}")
-  patches = np.asarray(table, np.float32)[-count:]
-  unit = patches / np.maximum(np.linalg.norm(patches, axis=1, keepdims=True), 1e-12)
-  return (unit @ unit.T).reshape(*grid, *grid)
-
-
 def draw_attention_distances(distances: Float[np.ndarray, "l heads"]) -> Figure:
   """Draws each head's mean attention distance in pixels by layer (ViT paper, figure 7, right)."""
-  figure, ax = chart((5.2, 3.6), "Attention distance", "layer", "mean distance, pixels")
+  figure, ax = canvas.chart((5.2, 3.6), "Attention distance", "layer", "mean distance, pixels")
   layers = np.repeat(np.arange(1, len(distances) + 1), distances.shape[1])
   ax.scatter(layers, distances.ravel(), s=26, color="#0072B2", alpha=0.8, linewidths=0)
   ax.set(xlim=(0.5, len(distances) + 0.5), ylim=(0, 1.1 * max(float(distances.max()), 1e-6)))
-  ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+  ax.locator_params(axis="x", integer=True)
   ax.tick_params(labelsize=8)
   return figure

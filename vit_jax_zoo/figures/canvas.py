@@ -20,6 +20,9 @@ MARGIN = 0.3  # inches
 SMALL = 64  # pixels; smaller images are drawn without interpolation
 HEAT, OPACITY = "viridis", 0.55  # of heat maps
 
+Image = Num[np.ndarray, "h w c"]  # in [0, 255], with 1 or 3 channels
+Images = Num[np.ndarray, "b h w c"]
+
 
 def render(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
   """Renders a figure to pixels: "$" starts no formula, missing glyphs give no warning."""
@@ -47,18 +50,16 @@ def add_axes(figure: Figure, left: float, bottom: float, width: float, height: f
   return figure.add_axes(tuple(np.array([left, bottom, width, height]) / scale))
 
 
-def show_image(ax: Axes, image: Num[np.ndarray, "h w c"], interpolation: str = "auto") -> None:
-  """Draws an image with 1 or 3 channels in [0, 255], without ticks and frame."""
+def show_image(ax: Axes, image: Image, interpolation: str = "auto") -> None:
+  """Draws an image, without ticks and frame."""
   pixels = np.clip(np.rint(np.asarray(image, np.float32)), 0, 255).astype(np.uint8)
   pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
   ax.imshow(pixels, interpolation="nearest" if max(pixels.shape[:2]) < SMALL else interpolation)
   hide_frame(ax)
 
 
-def heat_map(
-  image: Num[np.ndarray, "h w c"], values: Float[np.ndarray, "gh gw"]
-) -> UInt8[np.ndarray, "h w 3"]:
-  """Returns the image, in [0, 255], in gray under a colour for each value, in [0, 1]."""
+def heat_map(image: Image, values: Float[np.ndarray, "gh gw"]) -> UInt8[np.ndarray, "h w 3"]:
+  """Returns the image in gray under a colour for each value, in [0, 1]."""
   method = cv2.INTER_NEAREST if max(image.shape[:2]) < SMALL else cv2.INTER_CUBIC
   scale = cv2.resize(np.asarray(values, np.float32), image.shape[1::-1], interpolation=method)
   gray = 40 + 0.84 * np.asarray(image, np.float32).mean(axis=-1, keepdims=True)  # black is visible
@@ -84,7 +85,7 @@ def hide_frame(ax: Axes) -> None:
 def chart(size: tuple[float, float], title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
   """Returns a figure of this size in inches, and its axes, with a title and labels."""
   figure = Figure(figsize=size, dpi=110, layout="constrained")
-  ax = figure.subplots()
+  ax = figure.subplots(subplot_kw={"axisbelow": True})
   ax.set(xlabel=xlabel, ylabel=ylabel)
   ax.set_title(title, loc="left", weight="bold")
   ax.spines[["top", "right"]].set_visible(False)

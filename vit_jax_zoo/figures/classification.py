@@ -1,45 +1,41 @@
-"""Figures of classification: images, predictions, ranking, confusion matrix, class sizes.
-
-Images are in [0, 255], with 1 or 3 channels; class names are in order, class numbers by default.
-"""
+"""Figures of classification; class names are in order, class numbers by default."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer, Num, Shaped
+from jaxtyping import Integer, Shaped
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.errors import name_of, shorten
-from vit_jax_zoo.figures.canvas import COLORS, QUIET, SMALL, show_image, write_title
+from vit_jax_zoo.figures import canvas
+from vit_jax_zoo.figures.canvas import COLORS, QUIET, Image, Images, write_title
 
 RIGHT, WRONG = COLORS[:2]
 MAX_IMAGES = 24
 
+Labels = Shaped[np.ndarray, "b ..."]  # class indices [b], or weights [b k]
+
 
 def draw_batch(
-  images: Num[np.ndarray, "b h w c"],
-  labels: Shaped[np.ndarray, "b ..."],
-  class_names: Sequence[str] = (),
+  images: Images, labels: Labels | None = None, class_names: Sequence[str] = ()
 ) -> Figure:
-  """Draws the first training images with their labels: class indices [b], or weights [b k]."""
+  """Draws the first training images with their labels."""
   shown = min(len(images), MAX_IMAGES)
   height, width = images.shape[1:3]
   figure, axes, cell = _grid(images, shown)
   subtitle = f"{shown} of {len(images)} images, {width} × {height} pixels"
   write_title(figure, "Training batch", subtitle)
-  for ax, image, label in zip(axes, images, labels, strict=False):
-    _draw_image(ax, image)
-    ax.set_xlabel(_describe(label, class_names, int(12.5 * cell)), fontsize=8.5, labelpad=4)
+  for i, ax in enumerate(axes):
+    _draw_image(ax, images[i])
+    label = "" if labels is None else _describe(labels[i], class_names, int(12.5 * cell))
+    ax.set_xlabel(label, fontsize=8.5, labelpad=4)
   return figure
 
 
 def draw_predictions(
-  images: Num[np.ndarray, "b h w c"],
-  labels: Shaped[np.ndarray, "b ..."],
-  predictions: Mapping[str, Any],
-  class_names: Sequence[str] = (),
+  images: Images, labels: Labels, predictions: Mapping[str, Any], class_names: Sequence[str] = ()
 ) -> Figure:
   """Draws images with the most likely class of `Classification.predict`, framed blue if correct."""
   shown = min(len(images), MAX_IMAGES)
@@ -65,9 +61,7 @@ def draw_predictions(
   return figure
 
 
-def draw_ranking(
-  image: Num[np.ndarray, "h w c"], names: Sequence[str], probabilities: Sequence[float]
-) -> Figure:
+def draw_ranking(image: Image, names: Sequence[str], probabilities: Sequence[float]) -> Figure:
   """Draws an image, and beside it a bar for each of the most likely classes, best first."""
   figure = Figure(figsize=(7.4, max(3.0, 0.42 * len(names) + 1.3)), dpi=110)
   left, right = figure.subplots(1, 2, width_ratios=(1, 1.05))
@@ -91,15 +85,13 @@ def draw_confusion(matrix: Integer[np.ndarray, "k k"], class_names: Sequence[str
   classes = len(matrix)
   fractions = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
   side = float(np.clip(0.42 * classes, 3.2, 9.0))
-  figure = Figure(figsize=(side + 2.2, side + 1.7), dpi=110, layout="constrained")
-  ax = figure.subplots()
+  title = f"Confusion matrix: {int(np.trace(matrix))} of {int(matrix.sum())} correct"
+  figure, ax = canvas.chart((side + 2.2, side + 1.7), title, "predicted", "label")
   image = ax.imshow(fractions, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
   for row, column in zip(*np.nonzero(matrix), strict=True) if classes <= 20 else ():
     style = {"ha": "center", "va": "center", "fontsize": 8}
     color = "white" if fractions[row, column] > 0.5 else "black"
     ax.text(column, row, str(matrix[row, column]), color=color, **style)
-  ax.set_xlabel("predicted", fontsize=10)
-  ax.set_ylabel("label", fontsize=10)
   ax.spines[:].set_visible(False)
   ax.tick_params(length=0, labelsize=8)
   if classes <= 60:
@@ -110,8 +102,6 @@ def draw_confusion(matrix: Integer[np.ndarray, "k k"], class_names: Sequence[str
   bar.set_label("fraction of the row", fontsize=9)
   bar.ax.tick_params(labelsize=8)
   bar.outline.set_visible(False)  # pyrefly: ignore[not-callable]
-  title = f"Confusion matrix: {int(np.trace(matrix))} of {int(matrix.sum())} correct"
-  ax.set_title(title, loc="left", weight="bold", pad=10)
   return figure
 
 
@@ -128,8 +118,9 @@ def draw_class_balance(
   named = len(first) <= MAX_NAMED
   order = np.arange(len(first)) if named else np.argsort(-first, kind="stable")
   height = float(np.clip(0.27 * len(first), 0.7, 9.0)) if named else 5.0
-  figure = Figure(figsize=(7.2, height + 1.5), dpi=110, layout="constrained")
-  ax = figure.subplots()
+  sizes = " to ".join(f"{size:,}" for size in np.unique([first.min(), first.max()]))
+  title = f"Examples of each class\n{split}: {first.sum():,} in {len(first)} classes, {sizes} each"
+  figure, ax = canvas.chart((7.2, height + 1.5), title, "examples", "")
   left = np.zeros(len(order))
   for i, (name, values) in enumerate(counts.items()):
     widths, style = values[order], {"color": COLORS[i % len(COLORS)], "label": name}
@@ -139,56 +130,39 @@ def draw_class_balance(
       ax.fill_betweenx(range(len(order)), left, left + widths, step="mid", linewidth=0, **style)
     left = left + widths
   if named:
-    _name_classes(ax, left.astype(int), class_names)
+    totals, bars = [f"{total:,.0f}" for total in left], list[Any](ax.containers)
+    ax.bar_label(bars[-1], totals, padding=4, fontsize=8, color=QUIET)
+    names = [shorten(name_of(i, class_names), 24) for i in range(len(first))]
+    ax.set_yticks(range(len(first)), names)
+    ax.margins(x=0.1)
   else:
     ax.set_yticks([])
     ax.set_ylabel(f"{len(first)} classes, the largest first", fontsize=9)
   ax.set_ylim(len(first) - 0.4, -0.6)
-  ax.spines[["top", "right", "left"]].set_visible(False)
+  ax.spines["left"].set_visible(False)
   ax.tick_params(labelsize=8.5, length=0)
-  ax.set_xlabel("examples", fontsize=9)
-  smallest, largest = int(first.min()), int(first.max())
-  sizes = f"{smallest:,}" if smallest == largest else f"{smallest:,} to {largest:,}"
-  figure.suptitle("Examples of each class", x=0.02, ha="left", fontsize=13, weight="bold")
-  subtitle = f"{split}: {int(first.sum()):,} in {len(first)} classes, {sizes} each"
-  ax.set_title(subtitle, loc="left", fontsize=9.5, color=QUIET)
   if len(counts) > 1:
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(counts), fontsize=8.5, frameon=0)
   return figure
 
 
-def _name_classes(ax: Axes, totals: Integer[np.ndarray, " k"], class_names: Sequence[str]) -> None:
-  names = class_names or [str(i) for i in range(len(totals))]
-  ax.set_yticks(range(len(totals)), [shorten(name, 24) for name in names])
-  style = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": QUIET}
-  for row, count in enumerate(totals.tolist()):
-    ax.annotate(f"{count:,}", (count, row), (4, 0), **style)
-  ax.margins(x=0.1)
-
-
-def _grid(images: Num[np.ndarray, "b h w c"], count: int) -> tuple[Figure, list[Axes], float]:
+def _grid(images: Images, count: int) -> tuple[Figure, list[Axes], float]:
   """Returns a figure, `count` cells with two lines of text below, and their side in inches."""
   if not count:
     raise ValueError("images: none; expected at least one")
-  cell = 1.45 if max(images.shape[1:3]) < SMALL else 2.0
+  cell = 1.45 if max(images.shape[1:3]) < canvas.SMALL else 2.0
   columns = min(count, 8 if cell < 2 and count > 12 else 6)
-  rows = -(-count // columns)
-  text, margin, head = 0.42, 0.25, 0.75  # inches
+  text, margin, head, side = 0.42, 0.25, 0.75, 0.88 * cell  # inches
   width = max(columns * cell, 4.2) + 2 * margin
-  height = rows * (cell + text) + head + margin
+  height = -(-count // columns) * (cell + text) + head + margin
   figure = Figure(figsize=(width, height), dpi=110)
-  axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-  side = (width - columns * cell) / 2 / width
-  bottom, top = (margin + text) / height, 1 - head / height
-  gaps = {"wspace": 0.14, "hspace": (text + 0.1) / cell}
-  figure.subplots_adjust(left=side, right=1 - side, bottom=bottom, top=top, **gaps)
-  for ax in axes[count:]:
-    ax.remove()
-  return figure, axes[:count], cell
+  left, top = (width - columns * cell) / 2, height - head - side
+  places = [(left + i % columns * cell, top - i // columns * (cell + text)) for i in range(count)]
+  return figure, [canvas.add_axes(figure, *place, side, side) for place in places], cell
 
 
-def _draw_image(ax: Axes, image: Num[np.ndarray, "h w c"], frame: str = "#bbbbbb") -> None:
-  show_image(ax, image)
+def _draw_image(ax: Axes, image: Image, frame: str = "#bbbbbb") -> None:
+  canvas.show_image(ax, image)
   ax.spines[:].set(visible=True, color=frame, linewidth=1.0 if frame == "#bbbbbb" else 3.0)
 
 

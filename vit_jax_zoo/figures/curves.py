@@ -31,11 +31,7 @@ def draw_metrics(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Fig
 
 
 def draw_probe(
-  accuracies: Sequence[float],
-  best: int,
-  references: Sequence[tuple[str, float]] = (),
-  *,
-  title: str = "Linear probe by depth",
+  accuracies: Sequence[float], best: int, references: Sequence[tuple[str, float]], title: str
 ) -> Figure:
   """Draws the accuracies, in [0, 1], of the layers' features, and of others as horizontal lines."""
   depth = "layer (0: the first block's input; last: after the final norm)"
@@ -57,18 +53,14 @@ def draw_probe(
 
 
 def draw_accuracies(
-  accuracies: Mapping[str, float],
-  *,
-  title: str,
-  groups: Mapping[str, str] | None = None,
-  means: Mapping[str, float] | None = None,
+  accuracies: Mapping[str, float], title: str, groups: Mapping[str, str], means: Mapping[str, float]
 ) -> Figure:
-  """Draws a bar for each dataset, coloured by its group; accuracies are in [0, 1]."""
-  means, names = means or {}, list(accuracies)
+  """Draws a bar for each dataset, coloured by its group, if any; accuracies are in [0, 1]."""
+  names = list(accuracies)
   overall = f", mean {100 * means['mean']:.1f} %" if "mean" in means else ""
   size = (7.4, 1.3 + 0.34 * max(len(names), 2))
   figure, ax = chart(size, f"{title}{overall}", "test accuracy, %", "")
-  kinds = list(dict.fromkeys((groups or {}).values()))
+  kinds = list(dict.fromkeys(groups.values()))
   colors = [COLORS[kinds.index(groups[name])] if groups else COLORS[0] for name in names]
   percent = [100 * accuracies[name] for name in names]
   bars = ax.barh(range(len(names)), percent, color=colors, height=0.72)
@@ -82,7 +74,6 @@ def draw_accuracies(
     handles = [Patch(color=COLORS[i]) for i in range(len(kinds))]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(kinds), frameon=False)
   ax.grid(axis="x", color=GRID, linewidth=0.8)
-  ax.set_axisbelow(True)
   return figure
 
 
@@ -110,5 +101,4 @@ def draw_shots(
   if len(curves) > 1:
     ax.legend(frameon=False, fontsize=9)
   ax.grid(axis="y", color=GRID, linewidth=0.8)
-  ax.set_axisbelow(True)
   return figure

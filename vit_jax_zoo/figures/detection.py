@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Num, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib import colors, patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from vit_jax_zoo.errors import name_of
+from vit_jax_zoo.figures.canvas import Image, Images
 from vit_jax_zoo.ops.mask_paste import paste_masks
 
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -20,8 +21,13 @@ CELL = 3.2  # inches
 LABEL = 0.17  # height of a name in inches
 _MASK_OPACITY = 0.5
 
+Batch = Mapping[str, Any]
+Boxes = Float[np.ndarray, "n 4"]  # left, top, right, bottom in pixels
+Labels = Int[np.ndarray, " n"]
+Masks = Bool[np.ndarray, "n h w"]
 
-def draw_targets(batch: Mapping[str, Any], class_names: Sequence[str] = ()) -> Figure:
+
+def draw_targets(batch: Batch, class_names: Sequence[str] = ()) -> Figure:
   """Draws the first 8 images of a detection batch with their true boxes, without padding."""
   rows = real_rows(batch)[:8]
   columns = min(4, max(len(rows), 1))
@@ -32,11 +38,7 @@ def draw_targets(batch: Mapping[str, Any], class_names: Sequence[str] = ()) -> F
 
 
 def draw_predictions(
-  batch: Mapping[str, Any],
-  predictions: Mapping[str, Any],
-  class_names: Sequence[str] = (),
-  *,
-  threshold: float = 0.7,
+  batch: Batch, predictions: Batch, class_names: Sequence[str] = (), *, threshold: float
 ) -> Figure:
   """Draws the first 4 images twice: with true boxes, and with those that score `threshold` or more.
 
@@ -47,21 +49,29 @@ def draw_predictions(
   for row, truth, predicted in cells:
     count, image = _draw_targets(truth, batch, row, class_names), image_of(batch, row)
     truth.set_title(f"truth: {count}", fontsize=8.5, loc="left")
-    scores = np.asarray(predictions["scores"][row])
-    confident = np.flatnonzero(scores >= threshold)
-    confident = confident[np.argsort(scores[confident])]  # the highest on top
-    labels = np.asarray(predictions["labels"][row])
-    boxes = np.asarray(predictions["boxes_xyxy"][row])[confident] * to_shown(batch, row, image)
-    names = [f"{name_of(labels[i], class_names)} {scores[i]:.0%}" for i in confident]
+    found, boxes, names = _confident(batch, predictions, row, class_names, threshold)
     show(predicted, image)
-    draw_boxes(predicted, boxes, names, labels[confident])
+    draw_boxes(predicted, boxes, names, np.asarray(predictions["labels"][row])[found])
+    scores = np.asarray(predictions["scores"][row])
     best = f"; highest {scores.max():.0%}" if not names and scores.size else ""
     title = f"{len(names)} predicted at {threshold:.0%} or more{best}"
     predicted.set_title(title, fontsize=8.5, loc="left")
   return figure
 
 
-def _pairs(batch: Mapping[str, Any], title: str) -> tuple[Figure, list[tuple[int, Axes, Axes]]]:
+def _confident(
+  batch: Batch, predictions: Batch, row: int, class_names: Sequence[str], threshold: float
+) -> tuple[Labels, Boxes, list[str]]:
+  """Returns the queries that score `threshold` or more, the highest last; boxes and captions."""
+  scores, labels = (np.asarray(predictions[name][row]) for name in ("scores", "labels"))
+  found = np.flatnonzero((scores >= threshold) & (scores > 0))  # 0: padding
+  found = found[np.argsort(scores[found])]
+  scale = to_shown(batch, row, image_of(batch, row))
+  boxes = np.asarray(predictions["boxes_xyxy"][row], np.float64)[found] * scale
+  return found, boxes, [f"{name_of(labels[i], class_names)} {scores[i]:.0%}" for i in found]
+
+
+def _pairs(batch: Batch, title: str) -> tuple[Figure, list[tuple[int, Axes, Axes]]]:
   rows = real_rows(batch)[:4]
   columns = 2 if len(rows) < 2 else 4  # two images side by side
   figure, axes = grid(-(-2 * len(rows) // columns), columns, title, batch["image"])
@@ -69,7 +79,7 @@ def _pairs(batch: Mapping[str, Any], title: str) -> tuple[Figure, list[tuple[int
   return figure, list(zip(rows, cells[::2], cells[1::2], strict=False))
 
 
-def _draw_targets(ax: Axes, batch: Mapping[str, Any], row: int, class_names: Sequence[str]) -> int:
+def _draw_targets(ax: Axes, batch: Batch, row: int, class_names: Sequence[str]) -> int:
   image = image_of(batch, row)
   real = np.asarray(batch["is_target"][row], bool)
   boxes = np.asarray(batch["boxes_cxcywh"][row], np.float64)[real] * np.tile(image.shape[1::-1], 2)
@@ -81,13 +91,13 @@ def _draw_targets(ax: Axes, batch: Mapping[str, Any], row: int, class_names: Seq
   return len(labels)
 
 
-def real_rows(batch: Mapping[str, Any]) -> list[int]:
+def real_rows(batch: Batch) -> list[int]:
   """Returns the indices of the examples that are not padding."""
   return np.flatnonzero(np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)).tolist()
 
 
-def image_of(batch: Mapping[str, Any], row: int) -> Num[np.ndarray, "h w c"]:
-  """Returns an image without its padding, uint8."""
+def image_of(batch: Batch, row: int) -> UInt8[np.ndarray, "h w c"]:
+  """Returns an image without its padding."""
   image = np.asarray(batch["image"][row])
   if "image_size" in batch:
     height, width = np.asarray(batch["image_size"][row])
@@ -95,18 +105,14 @@ def image_of(batch: Mapping[str, Any], row: int) -> Num[np.ndarray, "h w c"]:
   return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def to_shown(
-  batch: Mapping[str, Any], row: int, image: Num[np.ndarray, "h w c"]
-) -> Float[np.ndarray, " 4"]:
+def to_shown(batch: Batch, row: int, image: Image) -> Float[np.ndarray, " 4"]:
   """Returns the factors from predicted boxes to pixels of the shown image."""
   if "original_size" not in batch:
     return np.ones(4)
   return np.tile(image.shape[1::-1] / np.asarray(batch["original_size"][row], np.float64)[::-1], 2)
 
 
-def grid(
-  rows: int, columns: int, title: str, images: Num[np.ndarray, "b h w c"]
-) -> tuple[Figure, np.ndarray]:
+def grid(rows: int, columns: int, title: str, images: Images) -> tuple[Figure, np.ndarray]:
   """Returns a figure with a title and its empty axes [rows columns], as high as the images."""
   rows, aspect = max(rows, 1), float(np.clip(images.shape[1] / images.shape[2], 0.4, 1.6))
   size = (CELL * columns, (CELL * aspect + 0.3) * rows + 0.5)
@@ -118,18 +124,13 @@ def grid(
   return figure, axes
 
 
-def show(ax: Axes, image: Num[np.ndarray, "h w c"]) -> None:
+def show(ax: Axes, image: Image) -> None:
   """Draws an image, without interpolation if it is small."""
   ax.imshow(image, interpolation="nearest" if max(image.shape[:2]) < 100 else "antialiased")
   ax.set_anchor("NW")
 
 
-def draw_boxes(
-  ax: Axes,
-  boxes_xyxy: Float[np.ndarray, "n 4"],
-  names: Sequence[str],
-  labels: Int[np.ndarray, " n"],
-) -> None:
+def draw_boxes(ax: Axes, boxes_xyxy: Boxes, names: Sequence[str], labels: Labels) -> None:
   """Draws boxes with their names, which do not overlap, in the color and style of their class."""
   outline: list[patheffects.AbstractPathEffect] = [
     patheffects.withStroke(linewidth=3.2, foreground="black", alpha=0.55)
@@ -156,11 +157,7 @@ def draw_boxes(
 
 
 def draw_detections(
-  image: UInt8[np.ndarray, "h w 3"],
-  boxes_xyxy: Float[np.ndarray, "n 4"],
-  captions: Sequence[str],
-  labels: Int[np.ndarray, " n"],
-  title: str,
+  image: Image, boxes_xyxy: Boxes, captions: Sequence[str], labels: Labels, title: str
 ) -> Figure:
   """Draws one image with captioned boxes, given by falling score."""
   figure, axes = grid(1, 1, title, image[None])
@@ -171,11 +168,7 @@ def draw_detections(
 
 
 def draw_masks(
-  batch: Mapping[str, Any],
-  predictions: Mapping[str, Any],
-  class_names: Sequence[str] = (),
-  *,
-  threshold: float = 0.7,
+  batch: Batch, predictions: Batch, class_names: Sequence[str] = (), *, threshold: float
 ) -> Figure:
   """Draws the first 4 images twice: with true `masks` and with a detector's `box_masks`."""
   figure, cells = _pairs(batch, "True and predicted masks")
@@ -185,32 +178,23 @@ def draw_masks(
     masks = np.asarray(batch["masks"][row], bool)[targets][:, : image.shape[0], : image.shape[1]]
     names = [name_of(i, class_names) for i in np.asarray(batch["labels"][row])[targets]]
     _show_masks(truth, image, masks, names, f"truth: {len(names)}")
-    scores, labels = (np.asarray(predictions[name][row]) for name in ("scores", "labels"))
-    confident = np.flatnonzero(np.asarray(predictions["is_object"][row]) & (scores >= threshold))
-    boxes = np.asarray(predictions["boxes_xyxy"][row], np.float64)[confident]
-    masks = np.asarray(predictions["box_masks"][row], np.float64)[confident]
-    masks = paste_masks(masks, boxes * to_shown(batch, row, image), image.shape[:2])
-    names = [f"{name_of(labels[i], class_names)} {scores[i]:.0%}" for i in confident]
+    found, boxes, names = _confident(batch, predictions, row, class_names, threshold)
+    masks = np.asarray(predictions["box_masks"][row], np.float64)[found]
+    masks = paste_masks(masks, boxes, image.shape[:2])
     title = f"{len(names)} predicted at {threshold:.0%} or more"
     _show_masks(predicted, image, masks, names, title)
   return figure
 
 
-def draw_predicted_masks(
-  image: UInt8[np.ndarray, "h w 3"], masks: Bool[np.ndarray, "n h w"], names: Sequence[str]
-) -> Figure:
+def draw_predicted_masks(image: Image, masks: Masks, names: Sequence[str]) -> Figure:
   """Draws one image with captioned masks over it."""
-  height = 2 * CELL * image.shape[0] / image.shape[1]
-  figure = Figure(figsize=(2 * CELL, height + 0.3), dpi=110, layout="constrained")
-  ax = figure.subplots()
-  ax.set_axis_off()
-  _show_masks(ax, image, masks, names, f"{len(names)} predicted")
+  figure, axes = grid(1, 1, "", image[None])
+  figure.set_size_inches(2 * CELL, 0.3 + 2 * CELL * image.shape[0] / image.shape[1])
+  _show_masks(axes[0, 0], image, masks, names, f"{len(names)} predicted")
   return figure
 
 
-def _show_masks(
-  ax: Axes, image: np.ndarray, masks: Bool[np.ndarray, "n h w"], names: Sequence[str], title: str
-) -> None:
+def _show_masks(ax: Axes, image: Image, masks: Masks, names: Sequence[str], title: str) -> None:
   painted = image.astype(np.float64) / 255
   for index, mask in enumerate(masks):
     color = np.array(colors.to_rgb(COLORS[index % len(COLORS)]))
