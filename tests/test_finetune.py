@@ -28,7 +28,7 @@ from vit_jax_zoo.initialization import Initializer
 from vit_jax_zoo.training.checkpoint import restore_variables
 from vit_jax_zoo.training.metric_writer import read_metrics
 from vit_jax_zoo.training.optim import create_optimizer
-from vit_jax_zoo.weights.model_index import entries
+from vit_jax_zoo.weights.hub import entries
 
 system_module("vit")
 

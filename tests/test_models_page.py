@@ -8,7 +8,7 @@ import pathlib
 
 from tests.conftest import GOLDENS
 from vit_jax_zoo.registry import list_models, model_classes
-from vit_jax_zoo.weights.model_index import entries, paper_scores
+from vit_jax_zoo.weights.hub import entries, paper_scores
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "MODELS.md"
 

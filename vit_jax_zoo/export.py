@@ -37,9 +37,8 @@ from vit_jax_zoo.run_metadata import CONFIG_FILE, DATA_FILE
 from vit_jax_zoo.tasks import task_fields
 from vit_jax_zoo.weights import Pretrained, hub
 from vit_jax_zoo.weights.checkpoint import Export
-from vit_jax_zoo.weights.formats import writable_formats
 from vit_jax_zoo.weights.key_map import unroll
-from vit_jax_zoo.weights.load import flatten_variables
+from vit_jax_zoo.weights.load import flatten_variables, writable_formats
 
 FLAGS = flags.FLAGS
 

@@ -41,7 +41,7 @@ class Registry(Mapping[str, Any]):
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """A published checkpoint format; `weights.formats` documents the functions of its module."""
+  """A published checkpoint format; `weights.load` documents the functions of its module."""
 
   name: str  # of `export --format=`
   family: str  # of its models, a key of `System.models`
@@ -76,9 +76,9 @@ class System:
   predictors: Mapping[str, str] = dataclasses.field(default_factory=dict)  # task name -> class
   options: tuple[Option, ...] = ()  # of its predictors, besides those of `CORE`
   formats: tuple[Format, ...] = ()
-  published: str = ""  # checkpoint name -> `weights.model_index.Entry`
+  published: str = ""  # checkpoint name -> `weights.hub.Entry`
   paper_scores: str = ""  # model name -> (reported score, source)
-  # Path of a part ("*/backbone") -> function, see `weights.pretrained_parts`.
+  # Path of a part ("*/backbone") -> function, see `weights.finetune_init`.
   part_readers: Mapping[str, str] = dataclasses.field(default_factory=dict)
   backbone_readers: tuple[str, ...] = ()  # see `weights.backbones`
   # Of detectors: name -> class, which returns a dict of feature maps.

@@ -23,7 +23,7 @@ from vit_jax_zoo.training import malloc, sharding
 from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
 from vit_jax_zoo.weights import Preprocess, Pretrained
 from vit_jax_zoo.weights.load import flatten_variables
-from vit_jax_zoo.weights.torch_layouts import write_safetensors
+from vit_jax_zoo.weights.readers import write_safetensors
 
 malloc.keep_freed_memory()  # as the commands do
 

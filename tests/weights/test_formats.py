@@ -18,7 +18,7 @@ from tests.conftest import golden_folder
 from tests.variables import trace_once  # noqa: F401, a fixture
 from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.weights import WeightsError, load_into, readers, tf_bundle
-from vit_jax_zoo.weights.formats import formats, read_checkpoint
+from vit_jax_zoo.weights.load import formats, read_checkpoint
 
 LAMBDA = ("lambda_resnet26t_a", "lambda_resnet50ts_a", "lambda_resnet26rpt_a")
 IGPT = ("igpt_tf_a", "igpt_tf_bert_a")

@@ -15,7 +15,6 @@ from tests.conftest import GOLDENS, golden_folder
 from vit_jax_zoo import load_pretrained
 from vit_jax_zoo.registry import list_models
 from vit_jax_zoo.weights import WeightsError, hub
-from vit_jax_zoo.weights import model_index as catalog
 
 SOURCE = golden_folder("vit_a") / "weights.npz"
 
@@ -69,15 +68,15 @@ def test_url_downloaded_once(server, cache):
 def test_published_name_verifies_checksum(server, cache, monkeypatch):
   url, _ = server
   digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()
-  right = catalog.Entry("vit_b16", (f"{url}/vit_a/weights.npz",), sha256=digest[:8])
+  right = hub.Entry("vit_b16", (f"{url}/vit_a/weights.npz",), sha256=digest[:8])
   monkeypatch.setitem(hub.entries(), "vit_right", right)
   assert pathlib.Path(hub.resolve("vit_right")).read_bytes() == SOURCE.read_bytes()
-  wrong = catalog.Entry("vit_b16", (f"{url}/vit_gap_a/weights.npz",), sha256="0" * 8)
+  wrong = hub.Entry("vit_b16", (f"{url}/vit_gap_a/weights.npz",), sha256="0" * 8)
   monkeypatch.setitem(hub.entries(), "vit_wrong", wrong)
   with pytest.raises(WeightsError, match="sha256"):
     hub.resolve("vit_wrong")
   several = (f"{url}/vit_a/config.json", f"{url}/vit_a/weights.npz")
-  monkeypatch.setitem(hub.entries(), "vit_both", catalog.Entry("vit_b16", several))
+  monkeypatch.setitem(hub.entries(), "vit_both", hub.Entry("vit_b16", several))
   assert hub.resolve("vit_both") == str(cache / "vit_both" / "config.json")
   assert (cache / "vit_both" / "weights.npz").exists()
 
@@ -135,7 +134,7 @@ def test_hub_errors(monkeypatch, tmp_path):
 
 def test_model_index_consistent():
   models = list_models()
-  for name, entry in catalog.entries().items():
+  for name, entry in hub.entries().items():
     assert bool(entry.hub) != bool(entry.urls), name
     assert all(url.startswith("https://") for url in entry.urls)
     if entry.model:  # otherwise a part of a model, without a score

@@ -20,7 +20,7 @@ from vit_jax_zoo.tasks import tasks
 from vit_jax_zoo.training.checkpoint import find_checkpoint, is_checkpoint
 from vit_jax_zoo.training.metric_writer import METRICS_FILE, read_metrics
 from vit_jax_zoo.weights import Pretrained
-from vit_jax_zoo.weights.model_index import entries
+from vit_jax_zoo.weights.hub import entries
 
 MADE_BY = "exported by vit_jax_zoo"
 _MAX_CLASSES = 1000  # that are listed; config.json has all

@@ -12,8 +12,7 @@ from etils import epath
 from vit_jax_zoo.weights.checkpoint import Size
 from vit_jax_zoo.weights.key_map import Flat, WeightsError
 from vit_jax_zoo.weights.preprocess import PILLOW_FILTERS, Preprocess, crop_fraction
-from vit_jax_zoo.weights.readers import Published
-from vit_jax_zoo.weights.torch_layouts import write_safetensors
+from vit_jax_zoo.weights.readers import Published, write_safetensors
 
 
 def check_config(

@@ -1,26 +1,28 @@
-"""Resolves names to files, downloads what is missing, and uploads exports.
+"""Published checkpoints by name: resolves names to files, downloads them, and uploads exports.
 
 Downloads are stored in `~/.cache/vit_jax_zoo` or `$VIT_JAX_ZOO_CACHE`; those from the Hugging Face
 hub in its own cache. Not by pooch: it compares whole checksums, and publishers give only prefixes.
 """
 
+import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
 import os
 import re
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from http.client import HTTPException
 from typing import Any
 
 from absl import logging
 from etils import epath
 
-from vit_jax_zoo.registry import model_name
+from vit_jax_zoo.registry import load_from_each, model_name
 from vit_jax_zoo.weights import tf_bundle
 from vit_jax_zoo.weights.key_map import WeightsError
-from vit_jax_zoo.weights.model_index import entries
 
 CACHE_VARIABLE, DEFAULT_CACHE = "VIT_JAX_ZOO_CACHE", "~/.cache/vit_jax_zoo"
 CHUNK = 1 << 20
@@ -35,10 +37,33 @@ _HUB_WEIGHTS = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """A published checkpoint; each system lists its own in `System.published`."""
+
+  model: str  # the registry's name of its architecture; "" of a part of a model
+  urls: tuple[str, ...] = ()  # of its files; the first is read, the others are stored beside it
+  hub: str = ""  # "owner/name" on the Hugging Face hub, instead of `urls`
+  sha256: str = ""  # of the first file, or its prefix, if published
+  score: str = "–"  # the publisher's, ImageNet-1k top-1 by default, with the image size
+  source: str = "–"  # of the score
+
+
+@functools.cache
+def entries() -> Mapping[str, Entry]:
+  """Returns the published checkpoints of all systems, by the name that `load_pretrained` takes."""
+  return {name: entry for table in load_from_each("published") for name, entry in table.items()}
+
+
+def paper_scores() -> Mapping[str, tuple[str, str]]:
+  """Returns the best reported score of each architecture, and its source, by model name."""
+  return {name: row for table in load_from_each("paper_scores") for name, row in table.items()}
+
+
 def resolve(name: str) -> str:
   """Returns the local or `gs://` path of a checkpoint; downloads it if necessary.
 
-  `name` is an existing path, a key of `model_index.entries()`, a URL, or "owner/name" on the
+  `name` is an existing path, a key of `entries()`, a URL, or "owner/name" on the
   Hugging Face hub.
 
   Raises:

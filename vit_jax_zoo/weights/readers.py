@@ -1,33 +1,41 @@
-"""Reads arrays from .npz, .safetensors, .pth and TensorFlow files, detected by their content.
+"""Reads arrays from published files, detected by their content; writes .safetensors and .pth.
 
 weights.npz                           numpy archive
 model.safetensors                     safetensors
-model.pth, pytorch_model.bin          PyTorch pickle, see `torch_file`
+model.pth, pytorch_model.bin          PyTorch pickle; this is the only module that imports PyTorch
 R-50.pkl                              pickle of numpy arrays
 folder/                               one of these, whole or sharded, with JSON files beside it
 model.ckpt-1000000[.index]            TensorFlow checkpoint, see `tf_bundle`
+
+Pickles may contain code, which is never executed: only arrays and plain containers are built.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import pathlib
 import pickle
+import re
+import shutil
+import tempfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os.path import commonprefix
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from absl import logging
 from etils import epath
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from vit_jax_zoo.weights import tf_bundle
 from vit_jax_zoo.weights.key_map import Flat, WeightsError
-from vit_jax_zoo.weights.torch_file import read_torch
-from vit_jax_zoo.weights.torch_layouts import read_safetensors
 
 _WRAPPERS = ("blobs", "model", "state_dict")
 """Keys of the arrays within training checkpoints."""
@@ -213,3 +221,111 @@ def read_npy(stream: Any, size: int, name: str) -> np.ndarray:
     raise EOFError(f"{name} claims {claimed} bytes, shape {shape}; it has {found}")
   stream.seek(0)
   return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+_EMA_WRAPPERS = ("state_dict_ema", "model_ema")
+_TORCH_WRAPPERS = (*_EMA_WRAPPERS, "model", "state_dict", "model_state_dict", "net", "params")
+"""Keys of the state dict in training checkpoints, in timm's order of preference."""
+
+
+def read_torch(path: str) -> Flat:
+  """Returns the state dict of a local or `gs://` PyTorch file, as numpy arrays by key.
+
+  16-bit floats become float32. Of a training checkpoint only the model is read: its moving average
+  if there is one, as timm does. Raises WeightsError for other files, and for those with code.
+  """
+  torch = _import_torch(path, "convert the file to safetensors")
+  with local_copy(path) as file:
+    found = _load_torch(torch, file, path)
+  half, arrays = (torch.float16, torch.bfloat16), {}
+  for key, tensor in _state_dict(torch, found, path).items():
+    try:
+      arrays[key] = (tensor.float() if tensor.dtype in half else tensor).detach().numpy()
+    except (TypeError, RuntimeError) as error:  # sparse, quantized, 8 bits, without data
+      raise WeightsError(f"{path}: {key} is not a dense array of numbers ({error})") from None
+  return arrays
+
+
+def _import_torch(path: str, otherwise: str) -> Any:
+  try:
+    import torch  # pyrefly: ignore[missing-import]
+  except ImportError:
+    raise ImportError(
+      f"{path} is a PyTorch file, and PyTorch is not installed; pip install -e '.[torch]' "
+      f"(the CPU version suffices), or {otherwise}"
+    ) from None
+  return torch
+
+
+def _load_torch(torch: Any, file: str, path: str) -> Any:
+  try:
+    # Namespace: the command line stored in training checkpoints; it holds plain values.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+      return torch.load(file, map_location="cpu", weights_only=True)
+  except pickle.UnpicklingError as error:
+    # Only the message names the code in files of PyTorch's legacy format, before version 1.6.
+    code = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if code:
+      wrong = f"{path}: a pickle with code ({code[1]}), which was not executed"
+      raise WeightsError(f"{wrong}; expected tensors only") from None
+    raise WeightsError(f"{path}: truncated; expected a PyTorch file") from None
+  except (RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError) as error:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise WeightsError(f"{path}: truncated ({reason}); expected a PyTorch file") from None
+
+
+def _state_dict(torch: Any, found: Any, path: str) -> Mapping[str, Any]:
+  candidates = {"": found}
+  if isinstance(found, Mapping):
+    candidates |= {key: found[key] for key in _TORCH_WRAPPERS if key in found}
+  for name, candidate in candidates.items():
+    is_mapping = isinstance(candidate, Mapping) and candidate
+    if is_mapping and all(isinstance(value, torch.Tensor) for value in candidate.values()):
+      if name in _EMA_WRAPPERS and len(candidates) > 2:
+        logging.info("%s: reads the moving average of the weights, %r, as timm does", path, name)
+      return {str(key): value for key, value in candidate.items()}
+  keys = ", ".join(map(str, list(found)[:5])) if isinstance(found, Mapping) else ""
+  raise WeightsError(f"{path}: {type(found).__name__} of {keys}; expected a state dict")
+
+
+def write_state_dict(path: str, arrays: Flat, *, wrapper: str | None = None) -> None:
+  """Writes `.safetensors`, else a local PyTorch file, with its arrays under the key `wrapper`."""
+  if path.endswith(".safetensors"):
+    write_safetensors(path, arrays)
+    return
+  torch = _import_torch(path, "write a .safetensors file")
+  state = {key: torch.from_numpy(np.array(array, order="C")) for key, array in arrays.items()}
+  torch.save(state if wrapper is None else {wrapper: state}, path)
+
+
+def read_safetensors(path: str) -> Flat:
+  """Returns a file's arrays by key, 16-bit floats widened to float32."""
+  half = ("float16", "bfloat16")
+  try:
+    # safetensors opens local files only, and cannot read bfloat16 from bytes.
+    with local_copy(path) as local, safe_open(local, framework="numpy") as file:
+      arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+  except (SafetensorError, OSError, AttributeError) as error:  # numpy has no float8_e4m3fn
+    raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
+  return {k: x.astype(np.float32) if x.dtype.name in half else x for k, x in arrays.items()}
+
+
+@contextlib.contextmanager
+def local_copy(path: str) -> Iterator[str]:
+  """Yields a local copy of a file, or the path itself if it is local."""
+  if "://" not in path:
+    if not epath.Path(path).exists():
+      raise WeightsError(f"there is no file {path}")
+    yield path
+    return
+  with epath.Path(path).open("rb") as remote, tempfile.NamedTemporaryFile() as copy:
+    shutil.copyfileobj(remote, copy)
+    copy.flush()
+    yield copy.name
+
+
+def write_safetensors(path: str, arrays: Flat) -> None:
+  """Writes a file that PyTorch's libraries read; local or `gs://bucket/...`."""
+  # In row-major order, as their memory is written. `ascontiguousarray` adds an axis to scalars.
+  arrays = {key: np.asarray(array, order="C") for key, array in arrays.items()}
+  epath.Path(path).write_bytes(save(arrays, {"format": "pt"}))

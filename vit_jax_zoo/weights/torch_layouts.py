@@ -1,20 +1,16 @@
-"""Rows of key tables for PyTorch's layers; reads and writes safetensors files."""
+"""Rows of key tables for PyTorch's layers; fused QKV matrices, split and joined."""
 
-import contextlib
 import itertools
 import math
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from etils import epath
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from vit_jax_zoo.weights.fused_qkv import PARTS
-from vit_jax_zoo.weights.key_map import KEEP, STATISTICS, Array, Flat, Row, Transform, WeightsError
+from vit_jax_zoo.weights.key_map import KEEP, STATISTICS, Array, Flat, Row, Transform
 
+PARTS = ("query", "key", "value")
+"""Order along the axis of outputs of the fused matrix."""
 COUNTER = "num_batches_tracked"
 """Key of PyTorch's batch counters, which batch norm with a fixed momentum does not use."""
 
@@ -111,34 +107,25 @@ def batch_counters(published: Iterable[str]) -> Flat:
   return {f"{norm}{COUNTER}": np.zeros((), np.int64) for norm in norms}
 
 
-def read_safetensors(path: str) -> Flat:
-  """Returns a file's arrays by key, 16-bit floats widened to float32."""
-  half = ("float16", "bfloat16")
-  try:
-    # safetensors opens local files only, and cannot read bfloat16 from bytes.
-    with local_copy(path) as local, safe_open(local, framework="numpy") as file:
-      arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-  except (SafetensorError, OSError, AttributeError) as error:  # numpy has no float8_e4m3fn
-    raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
-  return {k: x.astype(np.float32) if x.dtype.name in half else x for k, x in arrays.items()}
+def split_qkv(published: Mapping[str, np.ndarray], joint: re.Pattern[str], axis: int = 0) -> Flat:
+  """Splits matching arrays into `...qkv.weight[query]`, `...[key]` and `...[value]`."""
+  flat: Flat = {}
+  for key, array in published.items():
+    if joint.fullmatch(key) and array.ndim and array.shape[axis] % len(PARTS) == 0:
+      thirds = np.split(array, len(PARTS), axis)
+      flat |= {f"{key}[{part}]": third for part, third in zip(PARTS, thirds, strict=True)}
+    else:
+      flat[key] = array
+  return flat
 
 
-@contextlib.contextmanager
-def local_copy(path: str) -> Iterator[str]:
-  """Yields a local copy of a file, or the path itself if it is local."""
-  if "://" not in path:
-    if not epath.Path(path).exists():
-      raise WeightsError(f"there is no file {path}")
-    yield path
-    return
-  with epath.Path(path).open("rb") as remote, tempfile.NamedTemporaryFile() as copy:
-    shutil.copyfileobj(remote, copy)
-    copy.flush()
-    yield copy.name
-
-
-def write_safetensors(path: str, arrays: Flat) -> None:
-  """Writes a file that PyTorch's libraries read; local or `gs://bucket/...`."""
-  # In row-major order, as their memory is written. `ascontiguousarray` adds an axis to scalars.
-  arrays = {key: np.asarray(array, order="C") for key, array in arrays.items()}
-  epath.Path(path).write_bytes(save(arrays, {"format": "pt"}))
+def join_qkv(flat: Mapping[str, np.ndarray], axis: int = 0) -> Flat:
+  """Inverse of `split_qkv`."""
+  joint: Flat = {}
+  for key, array in flat.items():
+    whole = key.partition("[")[0]
+    if key == f"{whole}[{PARTS[0]}]":
+      joint[whole] = np.concatenate([flat[f"{whole}[{part}]"] for part in PARTS], axis)
+    elif whole == key:
+      joint[key] = array
+  return joint

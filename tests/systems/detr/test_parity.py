@@ -14,7 +14,7 @@ from vit_jax_zoo.systems.detr import weights_official as detr_official
 from vit_jax_zoo.systems.detr.model import Detr
 from vit_jax_zoo.weights import Pretrained
 from vit_jax_zoo.weights.preprocess import DETECTION
-from vit_jax_zoo.weights.torch_file import read_torch
+from vit_jax_zoo.weights.readers import read_torch
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 

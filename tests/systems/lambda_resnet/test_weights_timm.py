@@ -12,8 +12,8 @@ from tests.systems.lambda_resnet.timm_file import read_variables, write_variable
 from vit_jax_zoo.systems.lambda_resnet import weights_timm as lambda_resnet_timm
 from vit_jax_zoo.systems.lambda_resnet.model import LambdaResNet
 from vit_jax_zoo.weights import key_map
-from vit_jax_zoo.weights.formats import read_checkpoint
 from vit_jax_zoo.weights.key_map import WeightsError
+from vit_jax_zoo.weights.load import read_checkpoint
 
 FIXTURES = ("lambda_resnet26t_a", "lambda_resnet50ts_a", "lambda_resnet26rpt_a")
 

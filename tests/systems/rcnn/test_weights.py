@@ -15,8 +15,7 @@ from vit_jax_zoo.systems.rcnn import weights_detectron as rcnn_classes
 from vit_jax_zoo.systems.rcnn.model import RCNN
 from vit_jax_zoo.systems.rcnn.weights_torchvision import PREPROCESS
 from vit_jax_zoo.weights import Preprocess, Pretrained, WeightsError, load_into
-from vit_jax_zoo.weights.formats import formats
-from vit_jax_zoo.weights.load import flatten_variables
+from vit_jax_zoo.weights.load import flatten_variables, formats
 
 SMALL = {
   "num_classes": 3,

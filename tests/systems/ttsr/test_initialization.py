@@ -15,9 +15,9 @@ from vit_jax_zoo.builder import build
 from vit_jax_zoo.config import load
 from vit_jax_zoo.initialization import Initializer
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
-from vit_jax_zoo.weights import formats
 from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.key_map import WeightsError, unroll
+from vit_jax_zoo.weights.load import writable_formats
 from vit_jax_zoo.weights.preprocess import Preprocess
 
 REC = SuperResolution(TINY, vgg_file="missing/vgg19.pth")
@@ -33,7 +33,7 @@ def released(tmp_path_factory):
   path = str(tmp_path_factory.mktemp("released") / "TTSR-rec.safetensors")
   flat = weights.load.flatten_variables({"params": params})
   exported = Export("ttsr", TINY, unroll(flat), Preprocess((16, 16)))
-  formats.writable_formats("ttsr")["pt"].write_checkpoint(path, exported)
+  writable_formats("ttsr")["pt"].write_checkpoint(path, exported)
   return path, params
 
 

@@ -14,10 +14,9 @@ from vit_jax_zoo.systems.ttsr import weights_vgg as vgg_torchvision
 from vit_jax_zoo.systems.ttsr.losses import VGG19, Discriminator
 from vit_jax_zoo.systems.ttsr.model import TTSR
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
-from vit_jax_zoo.weights import formats
 from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.key_map import WeightsError, unroll
-from vit_jax_zoo.weights.load import flatten_variables
+from vit_jax_zoo.weights.load import flatten_variables, writable_formats
 
 FILE = golden_folder("ttsr_a") / "weights.safetensors"
 TINY = TTSR(width=8, depths=(2, 1, 1, 1), texture_widths=(4, 8, 8))
@@ -69,7 +68,7 @@ def test_round_trip_is_exact(tmp_path, scan_layers):
       variables["discriminator/score/kernel"] = np.zeros((2, 1), np.float32)
     path = str(tmp_path / "TTSR.safetensors")
     exported = Export("ttsr", pretrained.model, variables, pretrained.preprocess)
-    formats.writable_formats("ttsr")["pt"].write_checkpoint(path, exported)
+    writable_formats("ttsr")["pt"].write_checkpoint(path, exported)
     written, original = load_file(path), load_file(FILE)
     assert set(written) == {k for k in original if not k.startswith("LTE_copy.")}
     for key, array in written.items():

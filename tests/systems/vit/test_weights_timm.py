@@ -17,7 +17,7 @@ from vit_jax_zoo.systems.vit import weights_timm as vit_timm
 from vit_jax_zoo.systems.vit.model import VisionTransformer
 from vit_jax_zoo.weights import WeightsError, load_into
 from vit_jax_zoo.weights import key_map as table
-from vit_jax_zoo.weights.torch_layouts import read_safetensors, write_safetensors
+from vit_jax_zoo.weights.readers import read_safetensors, write_safetensors
 
 TIMM = {"vit_timm_a": {"num_heads": 4}, "vit_timm_gap_a": {"num_heads": 2}}
 

@@ -18,12 +18,11 @@ import numpy as np
 from vit_jax_zoo.weights import backbones as resnet
 from vit_jax_zoo.weights import torch_layouts as layouts
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
-from vit_jax_zoo.weights.fused_qkv import join, split
+from vit_jax_zoo.weights.hub import Entry
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, write
-from vit_jax_zoo.weights.model_index import Entry
 from vit_jax_zoo.weights.preprocess import DETECTION
-from vit_jax_zoo.weights.readers import Published
-from vit_jax_zoo.weights.torch_file import write_state_dict
+from vit_jax_zoo.weights.readers import Published, write_state_dict
+from vit_jax_zoo.weights.torch_layouts import join_qkv, split_qkv
 
 _BODY = "backbone.0.body."
 _FUSED = re.compile(r".*\.in_proj_(weight|bias)")
@@ -163,7 +162,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
   prefix = _prefix(published.arrays)
   return Checkpoint(
     source=published.path,
-    arrays=split(published.arrays, _FUSED),
+    arrays=split_qkv(published.arrays, _FUSED),
     table=SEGMENTATION_TABLE if prefix else TABLE,
     preprocess=DETECTION,
     **checkpoint_fields(fields, prefix),
@@ -173,7 +172,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
 def state_dict(variables: Mapping[str, np.ndarray]) -> Flat:
   """Returns a DETR's variables, given by path with layers unrolled, under the official keys."""
   has_masks = any(path.startswith("mask_head/") for path in variables)
-  return join(write(variables, SEGMENTATION_TABLE if has_masks else TABLE))
+  return join_qkv(write(variables, SEGMENTATION_TABLE if has_masks else TABLE))
 
 
 def write_checkpoint(path: str, export: Export) -> None:

@@ -19,8 +19,7 @@ from vit_jax_zoo.weights import torch_layouts as layouts
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.key_map import STATISTICS, Array, Flat, Row, WeightsError
 from vit_jax_zoo.weights.preprocess import Preprocess
-from vit_jax_zoo.weights.readers import Published, read_published
-from vit_jax_zoo.weights.torch_file import write_state_dict
+from vit_jax_zoo.weights.readers import Published, read_published, write_state_dict
 
 FINEST, LEVELS = 2, 4  # the file's levels are p2 to p5
 BODY = "Conv_Body."  # prefix of the keys in a detector

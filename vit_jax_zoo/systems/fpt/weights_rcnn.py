@@ -17,8 +17,7 @@ from vit_jax_zoo.weights import backbones as resnet
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.key_map import Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess
-from vit_jax_zoo.weights.readers import Published
-from vit_jax_zoo.weights.torch_file import write_state_dict
+from vit_jax_zoo.weights.readers import Published, write_state_dict
 
 PREPROCESS = Preprocess(
   (1000, 1000), detectron.IMAGE_MEAN, detectron.IMAGE_STD, "shorter_side", "bilinear", max_side=1400

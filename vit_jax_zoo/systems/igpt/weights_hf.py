@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from vit_jax_zoo.systems.igpt.weights_openai import TRANSPOSED, checkpoint_of, palette_beside
-from vit_jax_zoo.weights import fused_qkv, hf_config
+from vit_jax_zoo.weights import hf_config
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.infer import side
 from vit_jax_zoo.weights.key_map import KEEP, Flat, Row, Transform, WeightsError, write
 from vit_jax_zoo.weights.readers import Published
+from vit_jax_zoo.weights.torch_layouts import PARTS, join_qkv, split_qkv
 
 # [input, width] kept as [input, heads, head width]; [width, output] as [heads, head width, output];
 # [width] as [heads, head width].
@@ -37,8 +38,8 @@ TABLE: tuple[Row, ...] = (
   Row(_SOS, "sos_token"),
   Row("transformer.wpe.weight", "position_embedding"),
   _block("ln_1.weight", "attention_norm/scale"),
-  *(_block(f"attn.c_attn.weight[{p}]", f"attention/{p}/kernel", HEADS) for p in fused_qkv.PARTS),
-  *(_block(f"attn.c_attn.bias[{p}]", f"attention/{p}/bias", HEADS_BIAS) for p in fused_qkv.PARTS),
+  *(_block(f"attn.c_attn.weight[{p}]", f"attention/{p}/kernel", HEADS) for p in PARTS),
+  *(_block(f"attn.c_attn.bias[{p}]", f"attention/{p}/bias", HEADS_BIAS) for p in PARTS),
   _block("attn.c_proj.weight", "attention/out/kernel", FROM_HEADS),
   _block("attn.c_proj.bias", "attention/out/bias"),
   _block("ln_2.weight", "mlp_norm/scale"),
@@ -148,13 +149,13 @@ def _config_of(fields: Mapping[str, Any], export: Export) -> dict[str, Any]:
 
 def split(published: Mapping[str, np.ndarray]) -> Flat:
   """Splits the fused matrices of a file, and the start token from the colours' embedding."""
-  flat, embedding = fused_qkv.split(published, _FUSED, axis=-1), published[_EMBEDDING]
+  flat, embedding = split_qkv(published, _FUSED, axis=-1), published[_EMBEDDING]
   return {**flat, _EMBEDDING: embedding[:-1], _SOS: embedding[-1]}
 
 
 def join(flat: Mapping[str, np.ndarray]) -> Flat:
   """Inverts `split`; missing biases become zeros."""
-  flat = fused_qkv.join(flat, axis=-1)
+  flat = join_qkv(flat, axis=-1)
   flat[_EMBEDDING] = np.concatenate([flat[_EMBEDDING], flat.pop(_SOS)[None]])
   layers = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
   widths = {k.replace("weight", "bias"): a.shape[1] for k, a in flat.items() if k.endswith(layers)}

@@ -9,12 +9,12 @@ from etils import epath
 
 from vit_jax_zoo.systems.igpt.palette import read_palette
 from vit_jax_zoo.weights.checkpoint import Checkpoint
-from vit_jax_zoo.weights.fused_qkv import PARTS
+from vit_jax_zoo.weights.hub import Entry
 from vit_jax_zoo.weights.infer import side
 from vit_jax_zoo.weights.key_map import KEEP, Flat, Row, Transform
-from vit_jax_zoo.weights.model_index import Entry
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
+from vit_jax_zoo.weights.torch_layouts import PARTS
 
 INPUT_LAST = Transform(lambda a, _: a.transpose(2, 0, 1), lambda a: a.transpose(1, 2, 0))
 """[heads, head width, input] kept as [input, heads, head width]."""

@@ -3,7 +3,7 @@
 Weights of the paper's own LambdaResNets were never released.
 """
 
-from vit_jax_zoo.weights.model_index import Entry
+from vit_jax_zoo.weights.hub import Entry
 
 RELEASES = "https://github.com/huggingface/pytorch-image-models/releases/download"
 _CARD, _PAPER = "timm's model card", "2102.08602"

@@ -16,8 +16,7 @@ from vit_jax_zoo.weights import backbones as resnet
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.key_map import Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import DETECTION
-from vit_jax_zoo.weights.readers import Published
-from vit_jax_zoo.weights.torch_file import write_state_dict
+from vit_jax_zoo.weights.readers import Published, write_state_dict
 from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, COUNTER, DENSE, layer_rows
 
 _BODY = "backbone.body."

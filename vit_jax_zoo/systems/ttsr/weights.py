@@ -10,8 +10,7 @@ from vit_jax_zoo.systems.ttsr.weights_vgg import VGG_LAYERS
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.key_map import WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess
-from vit_jax_zoo.weights.readers import Published
-from vit_jax_zoo.weights.torch_file import write_state_dict
+from vit_jax_zoo.weights.readers import Published, write_state_dict
 from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, layer_rows
 
 TRAINED_SIZE = (160, 160)  # of the training images of the released weights

@@ -10,10 +10,9 @@ import numpy as np
 
 from vit_jax_zoo.systems.ttsr.losses import VGG_DEPTHS
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
+from vit_jax_zoo.weights.hub import Entry
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, read, write
-from vit_jax_zoo.weights.model_index import Entry
-from vit_jax_zoo.weights.readers import Published, read_published
-from vit_jax_zoo.weights.torch_file import write_state_dict
+from vit_jax_zoo.weights.readers import Published, read_published, write_state_dict
 from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, layer_rows
 
 VGG_LAYERS = [f"conv{i}_{j}" for i, n in enumerate(VGG_DEPTHS, 1) for j in range(1, n + 1)]

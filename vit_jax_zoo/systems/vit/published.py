@@ -1,6 +1,6 @@
 """Published ViT checkpoints by name, and the scores that the papers report."""
 
-from vit_jax_zoo.weights.model_index import Entry
+from vit_jax_zoo.weights.hub import Entry
 
 _PAPER = "2010.11929, table 5"
 _ISSUE_62 = "google-research/vision_transformer#62"

@@ -14,12 +14,18 @@ from vit_jax_zoo.systems.vit import weights_common as common
 from vit_jax_zoo.systems.vit.model import VARIANTS
 from vit_jax_zoo.weights import timm_config
 from vit_jax_zoo.weights.checkpoint import Export
-from vit_jax_zoo.weights.fused_qkv import join, split
 from vit_jax_zoo.weights.infer import count, outputs_of, side
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, unroll, write
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
-from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, block_rows, layer_rows, norm_rows
+from vit_jax_zoo.weights.torch_layouts import (
+  CONVOLUTION,
+  block_rows,
+  join_qkv,
+  layer_rows,
+  norm_rows,
+  split_qkv,
+)
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")  # timm's `act_layer`, and ours
 _POOLS = {"cls": "token", "mean": "avg"}  # our `pool` -> timm's `global_pool`
@@ -176,7 +182,7 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
     )  # fmt: skip
   return common.VitCheckpoint(
     source=path,
-    arrays=split(published.arrays, _JOINT),
+    arrays=split_qkv(published.arrays, _JOINT),
     table=TABLE,
     fields={**fields, "activation": activation},
     resize="bicubic_antialias",
@@ -213,7 +219,7 @@ def state_dict(params: Mapping[str, np.ndarray], *, fc_norm: bool = False) -> Fl
   first = _FC_NORM if fc_norm else []
   if not any(path.startswith("resnet/stage_") for path in layers):
     first = [*first, *_BARE_STEM]
-  return join(write(layers, [*first, *TABLE]))
+  return join_qkv(write(layers, [*first, *TABLE]))
 
 
 def write_checkpoint(path: str, export: Export) -> None:
