@@ -24,7 +24,6 @@ from vit_jax_zoo.data.sources.demo import read_photo
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, read_image
 from vit_jax_zoo.inference.load import load
-from vit_jax_zoo.initialization import Initializer
 from vit_jax_zoo.training.checkpoint import restore_variables
 from vit_jax_zoo.training.metric_writer import read_metrics
 from vit_jax_zoo.training.optim import create_optimizer
@@ -97,11 +96,15 @@ def test_finetuned_run_classifies_folder(finetuned, folder):
   assert losses[0] > losses[-1]
 
 
+def initializer(task, path):
+  return lambda fresh: trainer.pretrained_variables(fresh, task, str(path), ())
+
+
 def test_initial_state_published_encoder_new_head(folder):
   made = trainer.build(finetune(folder, WEIGHTS))
   with jax.set_mesh(made.mesh):
     program = made.program(next(made.train_batches()))
-    state = program.initial_state(0, Initializer(made.task, str(WEIGHTS), ()))
+    state = program.initial_state(0, initializer(made.task, WEIGHTS))
   published = np.load(WEIGHTS)
   params = jax.tree.map(np.asarray, state.params)
   np.testing.assert_array_equal(params["embedding"]["kernel"], published["embedding/kernel"])
@@ -134,7 +137,7 @@ def test_mismatched_weights_listed(finetuned, folder):
     program = made.program(next(made.train_batches()))
     for source in (WEIGHTS, finetuned[1]):
       with pytest.raises(ValueError, match=r"mlp/hidden/kernel|Dense_0/kernel") as error:
-        program.initial_state(0, Initializer(made.task, str(source), ()))
+        program.initial_state(0, initializer(made.task, source))
       assert "\n" not in str(error.value)
 
 

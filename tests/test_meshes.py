@@ -40,15 +40,7 @@ def train(config, num_devices):
       state, metrics = program.train_step(state, sharding.to_global(next(batches), made.mesh))
       losses.append(float(metrics["loss"].compute()))
     test = functools.partial(made.eval_batches, "test")
-    scores = functools.partial(
-      score_predictions,
-      task=made.task,
-      predict_step=program.predict_step,
-      batches=test,
-      mesh=made.mesh,
-      name="test",
-    )
-    report = scores(state.variables)
+    report = score_predictions(state.variables, program=program, batches=test, name="test")
   return np.array(losses), report.scores, jax.tree.map(np.asarray, state.params)
 
 

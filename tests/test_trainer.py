@@ -401,7 +401,7 @@ def test_run_of_version_0_1_resumes(tmp_path, monkeypatch):
   config.model.update(width=16, depth=2, mlp_dim=16, num_heads=2)
   config.log_every, config.eval_every, config.checkpoint.every = 2, 4, 2
   config.ema_decay, config.data.eval.test.split = 0.9, "test[:40]"
-  monkeypatch.setattr(trainer, "explain", lambda *_, **__: Report({}))  # not compared
+  monkeypatch.setattr(trainer.evaluate, "explain", lambda *_, **__: Report({}))  # not compared
   outcome = run(config, tmp_path / "run")
   expected = restore_variables(GOLDENS / "run_0_1" / "checkpoints" / "4")
   jax.tree.map(

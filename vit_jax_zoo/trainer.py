@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,33 +15,19 @@ from etils import epath
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from vit_jax_zoo import run_metadata
+from vit_jax_zoo import run_metadata, weights
 from vit_jax_zoo.builder import Experiment as Experiment
 from vit_jax_zoo.builder import best_score_of
 from vit_jax_zoo.builder import build as build
 from vit_jax_zoo.errors import shorten
-from vit_jax_zoo.initialization import Initializer, check_files
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.run_summary import log_summary
-from vit_jax_zoo.training import checkpoint, sharding
-from vit_jax_zoo.training.checkpoint import CHECKPOINTS, Checkpointer, restore_variables
-from vit_jax_zoo.training.compiled_steps import (
-  EvaluationProgram,
-  Program,
-  abstract_batch_of,
-  abstract_like,
-)
-from vit_jax_zoo.training.distributed import check_equal, check_equal_arrays, is_primary
-from vit_jax_zoo.training.evaluate import Evaluation, explain, score_predictions
-from vit_jax_zoo.training.feature_evaluation import probe_features
-from vit_jax_zoo.training.loop import (
-  Loop,
-  LoopSettings,
-  Outcome,
-  is_evaluated,
-  prefetch,
-  run_evaluations,
-)
+from vit_jax_zoo.tasks.base import Task, Variables
+from vit_jax_zoo.training import checkpoint, compiled_steps, distributed, evaluate, loop, sharding
+from vit_jax_zoo.training.checkpoint import Checkpointer, is_checkpoint, restore_variables
+from vit_jax_zoo.training.compiled_steps import EvaluationProgram, Program
+from vit_jax_zoo.training.evaluate import Evaluation
+from vit_jax_zoo.training.loop import Loop, LoopSettings, Outcome
 from vit_jax_zoo.training.metric_writer import MetricWriter, save_figures
 from vit_jax_zoo.training.progress import Progress
 from vit_jax_zoo.training.train_step import TrainState
@@ -66,11 +52,12 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
   """
   if options.overfit_one_batch:  # separate from real training
     workdir = workdir / "overfit_one_batch"
-  check_equal(lambda: _run_settings(workdir, options))  # the lock already differs for --eval_only
+  # Before the lock, which differs for --eval_only.
+  distributed.check_equal(lambda: _run_settings(workdir, options))
   run_data = run_metadata.load_data(workdir) if options.eval_only else None
   with contextlib.nullcontext() if options.eval_only else workdir_lock(workdir):
     experiment = build(config, run_data=run_data)
-    check_equal(lambda: _experiment_settings(experiment, train=not options.eval_only))
+    distributed.check_equal(lambda: _experiment_settings(experiment, train=not options.eval_only))
     config = experiment.config
     policy = {"keep": config.checkpoint.keep, "best_mode": config.checkpoint.best_mode}
     with (
@@ -97,7 +84,7 @@ def _run_settings(workdir: epath.Path, options: RunOptions) -> dict[str, Any]:
   flags |= {f"JAX_{name.upper()}": getattr(jax.config, f"jax_{name}") for name in _FLAGS}
   saved = {
     f"newest step in {folder}, a shared directory": max(checkpoint.steps(folder), default=None)
-    for folder in (workdir / CHECKPOINTS, workdir / checkpoint.BEST)
+    for folder in (workdir / checkpoint.CHECKPOINTS, workdir / checkpoint.BEST)
   }
   return flags | {"--workdir": str(workdir), "JAX version": jax.__version__} | saved
 
@@ -114,17 +101,18 @@ def _experiment_settings(experiment: Experiment, *, train: bool) -> dict[str, An
 def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpointer) -> Outcome:
   config, workdir, start = experiment.config, checkpointer.workdir, checkpointer.latest_step or 0
   names = experiment.eval_sources
-  if start >= experiment.num_steps and names and is_evaluated(workdir, names, start):
+  if start >= experiment.num_steps and names and loop.is_evaluated(workdir, names, start):
     return _evaluate_only(experiment, checkpointer)
   settings = _loop_settings(experiment, options, start)
-  if not start:
-    check_files(experiment.task, config.init_from)
+  if not start:  # with init_from, the files that are needed depend on its variables
+    files = {"init_from": config.init_from} if config.init_from else experiment.task.weight_files
+    weights.find_files({k: file for k, file in files.items() if not is_checkpoint(file)})
   with experiment.train_batches(0 if options.overfit_one_batch else start) as iterator:
     first = next(iterator)  # for shapes and figures; then it is trained on
     program = experiment.program(first)
     _check_evaluations(experiment, program)
     state, used = _initial_state(experiment, program, checkpointer, first, iterator)
-    if is_primary():
+    if distributed.is_primary():
       run_metadata.save_config(config, workdir)
       run_metadata.save_data(experiment.train_source.info, first, workdir)
     with (
@@ -133,7 +121,7 @@ def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpoint
     ):
       if not start:
         log_summary(config, program, experiment.sources, first, writer)
-      loop = Loop(
+      training = Loop(
         train_step=program.train_step,
         evaluations=_evaluations(experiment, program),
         schedules=program.schedules,
@@ -149,7 +137,7 @@ def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpoint
       if options.overfit_one_batch:
         batches = itertools.repeat(first)
       put = functools.partial(sharding.to_global, mesh=experiment.mesh)
-      outcome = loop.run(state, prefetch(batches, put))
+      outcome = training.run(state, loop.prefetch(batches, put))
       iterator.log_skipped()
       return outcome
 
@@ -160,9 +148,9 @@ def _check_evaluations(experiment: Experiment, program: EvaluationProgram) -> No
   pairs = [(name, False) for name in experiment.eval_sources]
   for name, to_fit in [*pairs, *((name, True) for name in experiment.fit_sources)]:
     batches = experiment.eval_batches(name, to_fit=to_fit)
-    batch = abstract_batch_of(batches.one_example(), batch_size)
+    batch = compiled_steps.abstract_batch_of(batches.one_example(), batch_size)
     split = sharding.batch_sharding(experiment.mesh)  # without it, the evaluation would trace again
-    batch = abstract_like(batch, dict.fromkeys(batch, split))
+    batch = compiled_steps.abstract_like(batch, dict.fromkeys(batch, split))
     step = program.features_step if name in experiment.fit_sources else program.predict_step
     try:
       jax.eval_shape(step, program.abstract_variables, batch)  # kept for the evaluation
@@ -183,7 +171,7 @@ def _initial_state(
   """Returns the restored or initial state, and the batches used for it, which are trained on."""
   state, used = checkpointer.restore(program.abstract_state), [first]
   if state is not None:
-    check_equal_arrays(state.latest_variables)
+    distributed.check_equal_arrays(state.latest_variables)
     logging.info("resumed at step %d from %s", int(state.step), checkpointer.workdir)
     return state, used
 
@@ -197,11 +185,41 @@ def _initial_state(
   return program.initial_state(experiment.config.seed, pretrain=initializer), used
 
 
-def _initializer(experiment: Experiment, program: EvaluationProgram, preview: Any) -> Initializer:
+def _initializer(experiment: Experiment, program: EvaluationProgram, preview: Any) -> Any:
   grid, token_grid = None, getattr(experiment.model, "token_grid", None)
   if token_grid is not None and "image" in program.abstract_batch:
     grid = token_grid(program.abstract_batch["image"].shape[1:3])
-  return Initializer(experiment.task, experiment.config.init_from, preview, grid)
+  init_from = experiment.config.init_from
+  return lambda fresh: pretrained_variables(fresh, experiment.task, init_from, preview, grid)
+
+
+def pretrained_variables(
+  fresh: Variables,
+  task: Task,
+  init_from: str | None,
+  preview: Iterable[Mapping[str, Any]],
+  grid: tuple[int, int] | None = None,
+) -> Variables:
+  """Returns variables of `init_from`, else of pretrained files and data, else the `fresh` ones.
+
+  `preview` are this process's training batches, read if needed; `grid` is the image size in tokens.
+  """
+  loaded = fresh
+  if init_from:
+    logging.info("initialising from %s", init_from)
+  if init_from and is_checkpoint(init_from):
+    run, optional = restore_variables(init_from), task.train_only_collections
+    loaded = weights.fit_to_model(run, fresh, init_from, grid=grid, optional=optional)
+  elif init_from:
+    loaded = weights.load_into(init_from, fresh, position_grid=grid)
+  before, after = (traverse_util.flatten_dict(dict(x), sep="/") for x in (fresh, loaded))
+  if not (missing := [path for path, leaf in after.items() if leaf is before[path]]):
+    return loaded
+  from_data = distributed.all_gather_objects(task.init_from_data(preview))[0]
+  files = weights.still_needed(task.weight_files, missing)
+  sources = {k: restore_variables(f) if is_checkpoint(f) else f for k, f in files.items()}
+  others = weights.load_parts(sources, {**fresh, **from_data})
+  return jax.tree.map(lambda a, b, other: other if a is b else a, loaded, fresh, others)
 
 
 def _evaluate_only(experiment: Experiment, checkpointer: Checkpointer) -> Outcome:
@@ -212,13 +230,13 @@ def _evaluate_only(experiment: Experiment, checkpointer: Checkpointer) -> Outcom
     variables = program.initial_variables(experiment.config.seed, pretrain=initializer)
   else:
     logging.info("evaluating step %d of %s", step, checkpointer.workdir)
-    path = checkpointer.workdir / CHECKPOINTS / str(step)
+    path = checkpointer.workdir / checkpoint.CHECKPOINTS / str(step)
     variables = restore_variables(path, program.abstract_variables, left_out=program.left_out)
-    check_equal_arrays(variables)
+    distributed.check_equal_arrays(variables)
   others = {name: tree for name, tree in variables.items() if name != "params"}
   state = TrainState(step or 0, variables["params"], others, opt_state=(), ema=None, rng=None)
-  report = run_evaluations(_evaluations(experiment, program), state.variables)
-  if is_primary():  # not written to the log
+  report = loop.run_evaluations(_evaluations(experiment, program), state.variables)
+  if distributed.is_primary():  # not written to the log
     save_figures(checkpointer.workdir, step or 0, report.figures)
   return Outcome(state, True, report.scores, checkpointer.workdir)
 
@@ -233,35 +251,15 @@ def _evaluations(experiment: Experiment, program: EvaluationProgram) -> dict[str
   for name in experiment.eval_sources:
     batches = functools.partial(experiment.eval_batches, name)
     if name in experiment.fit_sources:
-      evaluations[name] = functools.partial(
-        probe_features,
-        features_step=program.features_step,
-        fit_batches=functools.partial(batches, to_fit=True),
-        test_batches=batches,
-        name=name,
-        probe=experiment.probes[name],
-        views=experiment.task.feature_views,
-        mesh=experiment.mesh,
-      )
+      data = {"fit_batches": functools.partial(batches, to_fit=True), "test_batches": batches}
+      run = functools.partial(evaluate.probe_features, probe=experiment.probes[name], **data)
     else:
-      evaluations[name] = functools.partial(
-        score_predictions,
-        task=experiment.task,
-        predict_step=program.predict_step,
-        batches=batches,
-        name=name,
-        metrics=experiment.config.data.eval[name].get("metrics", ()),
-        mesh=experiment.mesh,
-      )
+      metrics = experiment.config.data.eval[name].get("metrics", ())
+      run = functools.partial(evaluate.score_predictions, batches=batches, metrics=metrics)
+    evaluations[name] = functools.partial(run, program=program, name=name)
   if experiment.config.explain and evaluations:
-    batches = experiment.eval_batches(next(iter(evaluations)))
-    evaluations["explain"] = functools.partial(
-      explain,
-      task=experiment.task,
-      explain_step=program.explain_step,
-      load_batch=batches.first_batch,
-      mesh=experiment.mesh,
-    )
+    batch = experiment.eval_batches(next(iter(evaluations))).first_batch
+    evaluations["explain"] = functools.partial(evaluate.explain, program=program, load_batch=batch)
   return evaluations
 
 

@@ -63,19 +63,11 @@ def train(
       on_step(int(state.step) + 1)
     return (train_step or made.train_step)(state, batch)
 
-  scores = functools.partial(
-    score_predictions,
-    task=made.task,
-    predict_step=made.predict_step,
-    batches=lambda: toy.batches(2, seed=9),
-    mesh=made.mesh,
-    name="held_out",
-  )
-
   def evaluation(variables):
     if on_evaluation is not None:
       on_evaluation()
-    return scores(variables)
+    held_out = lambda: toy.batches(2, seed=9)  # noqa: E731
+    return score_predictions(variables, program=made, batches=held_out, name="held_out")
 
   with jax.set_mesh(made.mesh), Checkpointer(workdir, keep=3) as checkpointer:
     state = checkpointer.restore(made.abstract_state) or made.initial_state(seed=0)
@@ -373,9 +365,7 @@ def test_prefetch_order_and_depth():
 
 
 def evaluate(data, variables):
-  made = make_program()
-  steps = {"task": made.task, "predict_step": made.predict_step, "mesh": made.mesh}
-  return score_predictions(variables, **steps, batches=lambda: data, name="x")
+  return score_predictions(variables, program=make_program(), batches=lambda: data, name="x")
 
 
 def test_evaluation_merges_batches_without_padding():

@@ -14,7 +14,6 @@ from jax.sharding import Mesh, PartitionSpec
 from vit_jax_zoo.tasks.base import Batch, Task, Variables
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.distributed import check_equal_arrays
-from vit_jax_zoo.training.evaluate import compile_predict_step
 from vit_jax_zoo.training.optim import Optimizer, create_optimizer
 from vit_jax_zoo.training.train_step import PredictStep, TrainState, create_state, make_train_step
 
@@ -157,6 +156,12 @@ def build_evaluation(
     features_step=compile_predict_step(task.features, variables, mesh),
     explain_step=jax.jit(task.explain, in_shardings=(variables, split), out_shardings=replicated),
   )
+
+
+def compile_predict_step(predict_step: PredictStep, shardings: Any, mesh: Mesh) -> PredictStep:
+  """Compiles a predict step: variables with `shardings`, batches and predictions by example."""
+  split = sharding.batch_sharding(mesh)
+  return jax.jit(predict_step, in_shardings=(shardings, split), out_shardings=split)
 
 
 def _init(task: Task, rng: jax.Array, abstract_batch: Batch, left_out: Sequence[str]) -> Variables:

@@ -1,6 +1,7 @@
-"""Evaluations: predictions on the mesh, scores on the hosts, each example counted once."""
+"""Evaluations: predictions or probed features, each example counted once over all hosts."""
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -12,9 +13,13 @@ from absl import logging
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
+from vit_jax_zoo.figures.curves import draw_probe
+from vit_jax_zoo.metrics import feature_probes
 from vit_jax_zoo.metrics.base import real_rows
-from vit_jax_zoo.tasks.base import Task, Variables
+from vit_jax_zoo.metrics.feature_probes import FeatureProbe, FeatureScore, Labelled
+from vit_jax_zoo.tasks.base import Variables
 from vit_jax_zoo.training import sharding
+from vit_jax_zoo.training.compiled_steps import EvaluationProgram
 from vit_jax_zoo.training.distributed import all_gather_objects, is_primary
 from vit_jax_zoo.training.train_step import PredictStep
 
@@ -40,16 +45,15 @@ class SizedBatches(Sized, Iterable[dict[str, np.ndarray]], Protocol):
 def score_predictions(
   variables: Variables,
   *,
-  task: Task,
-  predict_step: PredictStep,
+  program: EvaluationProgram,
   batches: Callable[[], SizedBatches],
-  mesh: Mesh,
   name: str,
   metrics: Sequence[str] = (),
 ) -> Report:
   """Returns a split's scores (of `metrics`, or all), "skipped_images" if any, and figures."""
-  evaluator, figures, data = task.evaluator(), dict[str, Figure](), batches()
-  pairs = predict_batches(predict_step, variables, data, mesh, name, len(data))
+  task, mesh, data = program.task, program.mesh, batches()
+  evaluator, figures = task.evaluator(), dict[str, Figure]()
+  pairs = predict_batches(program.predict_step, variables, data, mesh, name, len(data))
   for index, (batch, predictions) in enumerate(pairs):
     evaluator.add(batch, predictions)
     if index == 0 and is_primary() and np.any(batch.get("mask", True)):
@@ -80,10 +84,8 @@ def draw(name: str, figures: Callable[..., dict[str, Figure]], *args: Any) -> di
 def explain(
   variables: Variables,
   *,
-  task: Task,
-  explain_step: PredictStep,
+  program: EvaluationProgram,
   load_batch: Callable[[], dict[str, np.ndarray]],
-  mesh: Mesh,
 ) -> Report:
   """Returns figures of a batch's attention maps and other intermediates, on process 0."""
   batch = load_batch()
@@ -91,10 +93,10 @@ def explain(
   if len(real):  # padding is replaced by repeated examples
     batch = {key: value[np.resize(real, len(value))] for key, value in batch.items()}
   try:
-    explanation = explain_step(variables, sharding.to_global(batch, mesh))
+    explanation = program.explain_step(variables, sharding.to_global(batch, program.mesh))
     if not is_primary():
       return Report({})
-    images, model = task.draw_explanation(jax.device_get(explanation))
+    images, model = program.task.draw_explanation(jax.device_get(explanation))
     return Report({}, {**images, **{f"model_{name}": figure for name, figure in model.items()}})
   except Exception as error:  # a model without them, or as in `draw`
     logging.warning("explain: %s; set explain=False", error)
@@ -131,7 +133,82 @@ def predict_batches(
       logging.info("evaluating %s: %d/%d batches, ETA %.0f s", name, done, total, left)
 
 
-def compile_predict_step(predict_step: PredictStep, shardings: Any, mesh: Mesh) -> PredictStep:
-  """Compiles a predict step: variables with `shardings`, batches and predictions by example."""
-  split = sharding.batch_sharding(mesh)
-  return jax.jit(predict_step, in_shardings=(shardings, split), out_shardings=split)
+def probe_features(
+  variables: Variables,
+  *,
+  program: EvaluationProgram,
+  fit_batches: Callable[[], SizedBatches],
+  test_batches: Callable[[], SizedBatches],
+  name: str,
+  probe: FeatureProbe,
+) -> Report:
+  """Fits a probe to the features of one split and scores it on another.
+
+  All features are kept on the host, in float32. Scores: the probe's (for features by layer of the
+  best layer, "best_layer", selected on held-out images of the fitted split), and the accuracy of
+  each layer, "layer_<i>", or kind ("pixels").
+  """
+  step, mesh, views = program.features_step, program.mesh, program.task.feature_views
+  fit = collect_features(step, variables, fit_batches(), mesh, name)
+  test = collect_features(step, variables, test_batches(), mesh, name, views)
+  logging.info("probing %s: %d and %d images", name, len(fit.labels), len(test.labels))
+  return report(probe(fit, test), probe.title)
+
+
+def report(results: dict[str, FeatureScore], title: str) -> Report:
+  """Returns the scores of the best features, and the accuracy of all others by name."""
+  best = feature_probes.choose_features(results)
+  scores = dict(results[best].scores)
+  accuracies = {name: score.scores["accuracy"] for name, score in results.items()}
+  layers = [name for name in results if name.startswith("layer_")]
+  if not layers:
+    return Report(scores | {k: v for k, v in accuracies.items() if k != best})
+  index = layers.index(best)
+  scores |= accuracies | {"best_layer": float(index)}
+  references = [(name, value) for name, value in accuracies.items() if name not in layers]
+  curve = [accuracies[name] for name in layers]
+  draw_depth = functools.partial(draw_probe, curve, index, references, title=f"{title} by depth")
+  return Report(scores, draw(title, lambda: {"depth": draw_depth()}))
+
+
+def collect_features(
+  features_step: PredictStep,
+  variables: Variables,
+  batches: SizedBatches,
+  mesh: Mesh,
+  name: str,
+  views: int = 1,
+) -> Labelled:
+  """Returns features [b d] ([b v d] of several views) and labels of all hosts' real rows.
+
+  The number of a view is `view` in the batch. ValueError if an image has no label, or several.
+  """
+  labels: list[np.ndarray] = []
+  features: dict[str, list[np.ndarray]] = {}
+  each, total = _each_view(batches, views), len(batches) * views
+  pairs = predict_batches(features_step, variables, each, mesh, name, total)
+  for number, (batch, found) in enumerate(pairs):
+    if "label" not in batch or np.ndim(batch["label"]) != 1:
+      raise ValueError(f"evaluation {name!r}: no single label; feature probes need one per image")
+    real = np.asarray(batch["mask"], bool)
+    if number % views == 0:
+      labels.append(np.asarray(batch["label"])[real])
+    for key, array in feature_probes.by_layer(found).items():
+      features.setdefault(key, []).append(array[real])
+  joined = {key: _join_views(arrays, views) for key, arrays in features.items()}
+  parts = gather_parts((joined, np.concatenate(labels)), mesh)
+  whole = {key: np.concatenate([part[0][key] for part in parts]) for key in joined}
+  return Labelled(whole, np.concatenate([part[1] for part in parts]))
+
+
+def _each_view(batches: SizedBatches, views: int) -> Iterator[dict[str, np.ndarray]]:
+  for batch in batches:
+    for view in range(views):
+      number = {} if views == 1 else {"view": np.full(len(batch["mask"]), view, np.int32)}
+      yield {**batch, **number}
+
+
+def _join_views(arrays: list[np.ndarray], views: int) -> np.ndarray:
+  if views == 1:
+    return np.concatenate(arrays)
+  return np.stack([np.concatenate(arrays[view::views]) for view in range(views)], axis=1)

@@ -14,7 +14,7 @@ from vit_jax_zoo.data.sources.base import SlicedSource, Source
 from vit_jax_zoo.errors import check_names, unknown_name
 from vit_jax_zoo.metrics import feature_probes as probing
 from vit_jax_zoo.metrics.classification import score_rankings
-from vit_jax_zoo.training.feature_evaluation import report
+from vit_jax_zoo.training.evaluate import report
 from vit_jax_zoo.transfer import vtab as benchmarks
 from vit_jax_zoo.transfer.extract import Extractor
 from vit_jax_zoo.transfer.vtab import ImageNetVariant, ProbeData, VtabTask

@@ -13,8 +13,8 @@ from tests.systems.ttsr.test_weights import TINY, NarrowTask, zero_variables
 from vit_jax_zoo import trainer, weights
 from vit_jax_zoo.builder import build
 from vit_jax_zoo.config import load
-from vit_jax_zoo.initialization import Initializer
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
+from vit_jax_zoo.trainer import pretrained_variables
 from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.key_map import WeightsError, unroll
 from vit_jax_zoo.weights.load import writable_formats
@@ -53,12 +53,12 @@ def trees_equal(a, b):
 @pytest.mark.long
 def test_vgg_file_is_not_read_if_init_from_overwrites_it(released):
   path, params = released
-  variables = Initializer(REC, path, fail_on_data())(fresh_variables(REC))
+  variables = pretrained_variables(fresh_variables(REC), REC, path, fail_on_data())
   assert trees_equal(variables["params"]["generator"], params)
   with pytest.raises(WeightsError, match=r"missing/vgg19\.pth"):
-    Initializer(REC, None, fail_on_data())(fresh_variables(REC))
+    pretrained_variables(fresh_variables(REC), REC, None, fail_on_data())
   with pytest.raises(WeightsError, match=r"missing/vgg19\.pth"):
-    Initializer(GAN, path, fail_on_data())(fresh_variables(GAN))  # for the perceptual loss
+    pretrained_variables(fresh_variables(GAN), GAN, path, fail_on_data())  # for the perceptual loss
 
 
 def test_missing_vgg_file_raises_before_compilation(monkeypatch, tmp_path):

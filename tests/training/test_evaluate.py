@@ -1,11 +1,16 @@
 """Feature evaluation: uses each valid row once, reports layers, selects the best layer."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
 
+from tests.training import toy
 from vit_jax_zoo.metrics.feature_probes import create_probe
-from vit_jax_zoo.training.feature_evaluation import collect_features, probe_features
+from vit_jax_zoo.training.compiled_steps import abstract_batch_of, build_evaluation
+from vit_jax_zoo.training.evaluate import collect_features, probe_features
 from vit_jax_zoo.training.sharding import create_mesh
 
 ROWS, BATCH = 90, 40
@@ -38,13 +43,27 @@ def features(variables, batch):
   return {"layers": jax.numpy.stack([noise, x, x * 0.3 + noise], axis=1), "pixels": x}
 
 
+@dataclasses.dataclass(frozen=True)
+class Probed(toy.Regression):
+  """A task with these features, and no parameters."""
+
+  features_step: Any = None
+  feature_views: int = 1
+
+  def init(self, rng, batch):
+    return {"params": {}}
+
+  def features(self, variables, batch):
+    return self.features_step(variables, batch)
+
+
 def evaluate(features_step, mesh, probe="linear", views=1, **fields):
+  task = Probed(features_step=features_step, feature_views=views)
+  batch = abstract_batch_of(next(iter(Batches(0))), BATCH)
+  program = build_evaluation(task, batch, mesh=mesh, rules=())
   batches = {"fit_batches": lambda: Batches(0), "test_batches": lambda: Batches(1)}
-  step = jax.jit(features_step)
-  made = create_probe(probe, **fields)
-  return probe_features(
-    {}, features_step=step, **batches, mesh=mesh, name="probe", probe=made, views=views
-  )
+  probe = create_probe(probe, **fields)
+  return probe_features({"params": {}}, program=program, **batches, name="probe", probe=probe)
 
 
 def test_layers_probed_without_padding():
