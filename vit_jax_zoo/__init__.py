@@ -9,10 +9,9 @@
 The names are imported at their first use, so that `import vit_jax_zoo` is fast.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING
+from etils import epy as _epy
 
-if TYPE_CHECKING:
+with _epy.lazy_api_imports(globals()):
   from vit_jax_zoo.config import list_configs
   from vit_jax_zoo.inference.base import Predictor, Result
   from vit_jax_zoo.inference.load import load_pretrained, predictor
@@ -23,23 +22,3 @@ __all__ = [
   "Predictor", "Result", "__version__", "create_model", "list_configs", "list_models",
   "load_pretrained", "predictor",
 ]  # fmt: skip
-
-_MODULES = {
-  "Predictor": "inference.base",
-  "Result": "inference.base",
-  "create_model": "registry",
-  "list_configs": "config",
-  "list_models": "registry",
-  "load_pretrained": "inference.load",
-  "predictor": "inference.load",
-}
-
-
-def __getattr__(name: str) -> object:
-  if name not in _MODULES:
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-  return sorted(__all__)
