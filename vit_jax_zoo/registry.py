@@ -1,11 +1,12 @@
 """Registries by name, and the `System` that each folder of `systems` registers."""
 
+import collections
 import dataclasses
 import fnmatch
 import functools
 import pkgutil
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -13,30 +14,22 @@ from typing import Any
 from vit_jax_zoo.errors import check_fields, check_names, unknown_name
 
 
-class Registry(Mapping[str, Any]):
+class Registry(collections.UserDict[str, Any]):
   """Objects by name, each given as "module:attribute" and imported at its first use."""
 
-  def __init__(self, kind: str, entries: Mapping[str, str]) -> None:
-    self._kind, self._entries = kind, dict(entries)
+  def __init__(self, kind: str, references: Mapping[str, str]) -> None:
+    super().__init__(references)
+    self._kind = kind
 
-  def __getitem__(self, name: str) -> Any:
+  def __getitem__(self, key: str) -> Any:
     """Returns the object of this name; ValueError, with the closest name, if there is none."""
-    return getattr(self.module(name), self._entries[name].partition(":")[2])
+    return getattr(self.module(key), self.data[key].partition(":")[2])
 
   def module(self, name: str) -> ModuleType:
     """Returns the module that holds the object of this name."""
-    if name not in self._entries:
-      raise ValueError(unknown_name(self._kind, name, self._entries))
-    return import_module(self._entries[name].partition(":")[0])
-
-  def __contains__(self, name: object) -> bool:
-    return name in self._entries
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._entries)
-
-  def __len__(self) -> int:
-    return len(self._entries)
+    if name not in self.data:
+      raise ValueError(unknown_name(self._kind, name, self.data))
+    return import_module(self.data[name].partition(":")[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +152,10 @@ def create_model(name: str, **overrides: Any) -> Any:
   kind = model_classes()[family]
   check_fields(name, kind, overrides, "name")
   if isinstance(overrides.get("dtype"), str | float | tuple):
-    check_names(f"dtype of {name}", [str(overrides["dtype"])], _DTYPES)
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+    check_names(f"dtype of {name}", [str(overrides["dtype"])], dtypes)
   return kind(**{**variants(family)[name], **overrides})
 
-
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # Substitutions in other libraries' model names until it is a name here, before `other_names`.
 _OTHER_NAMES = (
