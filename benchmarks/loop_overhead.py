@@ -37,7 +37,7 @@ from ml_collections import ConfigDict
 
 from vit_jax_zoo import builder
 from vit_jax_zoo import config as config_lib
-from vit_jax_zoo.training import malloc, sharding
+from vit_jax_zoo.training import host, sharding
 from vit_jax_zoo.training.compiled_steps import Program
 from vit_jax_zoo.training.loop import Loop, LoopSettings, prefetch
 from vit_jax_zoo.training.metric_writer import MetricWriter, read_metrics
@@ -215,7 +215,7 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--seconds", type=float, default=3.0, help="minimum length of a turn")
   flags = parser.parse_args()
-  malloc.keep_freed_memory()  # as the commands do
+  host.keep_freed_memory()  # as the commands do
   print(timing.machine())
   names = flags.workload.split(",")
   columns = [measure(name, flags) for name in names]

@@ -31,7 +31,7 @@ import timing
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.registry import create_model, sharding_rules
 from vit_jax_zoo.tasks.classification import Classification
-from vit_jax_zoo.training import malloc, sharding
+from vit_jax_zoo.training import host, sharding
 from vit_jax_zoo.training.compiled_steps import (
   Program,
   TrainingOptions,
@@ -194,7 +194,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
   """Compiles all cases, times them alternately and prints the table."""
   flags = parse()
-  malloc.keep_freed_memory()  # as the commands do
+  host.keep_freed_memory()  # as the commands do
   print(timing.machine())
   size, batch = flags.image_size, flags.batch_size
   print(f"{flags.model}, {batch} images of {size}x{size}, {flags.dtype}\n")

@@ -321,7 +321,7 @@ def test_config_with_old_field_name_raises(tmp_path):
 
 @pytest.mark.parametrize("program", ["main", "other"])  # two commands of one process
 def test_old_flag_error_names_new_flag(program, monkeypatch, capsys):
-  monkeypatch.setattr(cli.malloc, "keep_freed_memory", lambda: None)
+  monkeypatch.setattr(cli.host, "keep_freed_memory", lambda: None)
   monkeypatch.setattr(sys, "argv", [program, "--config=configs/vit.py", "--evaluate_only"])
   with pytest.raises(SystemExit) as ended:
     cli.run(main.main, renamed=main.RENAMED_FLAGS)
@@ -373,7 +373,7 @@ def test_unknown_config_field_raises():
 
 
 def test_command_error_one_line_without_traceback(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(cli.malloc, "keep_freed_memory", lambda: None)
+  monkeypatch.setattr(cli.host, "keep_freed_memory", lambda: None)
   arguments = ["main", "--config=configs/vit.py", "--config.model.patch_size=3"]
   monkeypatch.setattr(sys, "argv", [*arguments, f"--workdir={tmp_path}"])
   with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:

@@ -124,7 +124,7 @@ MAY_SKIP = {
   "tests/inference/test_serving.py": 1,  # without the extra onnx
   "tests/systems/rcnn/test_model.py": 1,  # in a tree without lambda_resnet, see test_boundaries
   "tests/training/test_loggers.py": 3,  # without the extras wandb, mlflow, comet
-  "tests/training/test_malloc.py": 1,  # without glibc
+  "tests/training/test_host.py": 1,  # without glibc
 }
 """Skips in default tests by file; `test_parity.py` needs the extra `parity`."""
 

@@ -524,7 +524,7 @@ def has_rate(value):
 
 def called(monkeypatch, command, arguments, calls, **options):
   monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
-  monkeypatch.setattr(cli.malloc, "keep_freed_memory", lambda: None)
+  monkeypatch.setattr(cli.host, "keep_freed_memory", lambda: None)
   with flagsaver.flagsaver(), calls, pytest.raises(SystemExit) as ended:
     cli.run(command, **options)
   assert ended.value.code == 0

@@ -14,7 +14,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from vit_jax_zoo.errors import escape_controls, one_line
-from vit_jax_zoo.training import disk_errors, libtpu, malloc
+from vit_jax_zoo.training import disk_errors, host
 
 USER_ERRORS = (
   ValueError, KeyError, AttributeError, TypeError, OSError, ImportError, RuntimeError,
@@ -108,7 +108,7 @@ def run(
     overrides = overrides if "config" in flags.FLAGS else []
     return [*flags.FLAGS([a for a in argv if a not in overrides]), *overrides]
 
-  malloc.keep_freed_memory()  # before log_plainly, whose libtpu settings resemble a TPU host's
+  host.keep_freed_memory()  # before log_plainly, whose libtpu settings resemble a TPU host's
   log_plainly()
   if define_flags is not None:
     define_flags()
@@ -148,7 +148,7 @@ def log_plainly() -> None:
   handler = logging.get_absl_handler()
   handler.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
   handler.addFilter(_is_logged)
-  libtpu.silence_if_idle()
+  host.silence_libtpu()
 
 
 class _Formatter(python_logging.Formatter):

@@ -19,13 +19,13 @@ from vit_jax_zoo.systems.igpt.sampling import complete
 from vit_jax_zoo.systems.ttsr.search import find_matches, transfer
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
-from vit_jax_zoo.training import malloc, sharding
+from vit_jax_zoo.training import host, sharding
 from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
 from vit_jax_zoo.weights import Preprocess, Pretrained
 from vit_jax_zoo.weights.load import flatten_variables
 from vit_jax_zoo.weights.readers import write_safetensors
 
-malloc.keep_freed_memory()  # as the commands do
+host.keep_freed_memory()  # as the commands do
 
 ADAMW = {"name": "adamw", "learning_rate": 1e-4, "weight_decay": 0.1, "clip_norm": 1.0}
 DETR = {

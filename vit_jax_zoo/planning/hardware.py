@@ -12,7 +12,7 @@ import jax
 from jax.experimental import topologies
 
 from vit_jax_zoo.errors import check_names, unknown_name
-from vit_jax_zoo.training import libtpu
+from vit_jax_zoo.training import host
 from vit_jax_zoo.training.progress import peak_flops
 
 GIB = 2.0**30
@@ -156,8 +156,8 @@ def _tpu_slice(name: str | None) -> Machine:
   if importlib.util.find_spec("libtpu") is None:
     raise ImportError("libtpu: not installed; planning for a TPU needs pip install -e '.[plan]'")
   parallel = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # several planning processes, none with a TPU
-  os.environ.update(libtpu.QUIET | parallel | os.environ)
-  libtpu.hide_flags_of_others()
+  os.environ.update(host.QUIET | parallel | os.environ)
+  host.hide_flags_of_others()
   options = {"chip_config_name": "megacore"} if version == "v4" else {}
   try:
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
