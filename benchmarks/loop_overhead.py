@@ -53,6 +53,9 @@ class NoCheckpoints:
 
   latest_step = None
 
+  def __init__(self, workdir: pathlib.Path) -> None:
+    self.workdir = workdir
+
   def save(self, *_: object) -> None:
     """Does nothing."""
 
@@ -131,10 +134,9 @@ class Workload:
         evaluations={},
         schedules=self.program.schedules,
         settings=LoopSettings(num_steps=start + count, log_every=settings.log_every),
-        checkpointer=NoCheckpoints(),  # pyrefly: ignore
+        checkpointer=NoCheckpoints(self.folder),  # pyrefly: ignore
         writer=writer,
         progress=Progress(start + count, settings.batch_size, start_step=start, bar=False),
-        workdir=self.folder,
       )
       self.state = jax.block_until_ready(loop.run(self.state, batches).state)
 

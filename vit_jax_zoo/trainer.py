@@ -129,7 +129,6 @@ def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpoint
         checkpointer=checkpointer,
         writer=writer,
         progress=progress,
-        workdir=workdir,
         counters=lambda: {"data/skipped_images": float(iterator.num_skipped)},
       )
       batches = itertools.chain(used, iterator)
@@ -162,11 +161,7 @@ def _check_evaluations(experiment: Experiment, program: EvaluationProgram) -> No
 
 
 def _initial_state(
-  experiment: Experiment,
-  program: Program,
-  checkpointer: Checkpointer,
-  first: Any,
-  iterator: Iterator[Any],
+  experiment: Experiment, program: Program, checkpointer: Checkpointer, first: Any, rest: Iterator
 ) -> tuple[TrainState, list[Any]]:
   """Returns the restored or initial state, and the batches used for it, which are trained on."""
   state, used = checkpointer.restore(program.abstract_state), [first]
@@ -177,7 +172,7 @@ def _initial_state(
 
   def preview() -> Iterator[Any]:
     yield first
-    for batch in iterator:
+    for batch in rest:
       used.append(batch)
       yield batch
 

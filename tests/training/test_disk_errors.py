@@ -60,7 +60,8 @@ def test_cli_error_suggests_free_space(tmp_path, capsys):
 def test_flush_writes_all_events(tmp_path):
   file = EventFile(tmp_path, number=0, purge_step=0)
   for step in range(100):
-    file.add(Summary(value=[Summary.Value(tag="loss", simple_value=step / 4)]), step)
+    value = Summary.Value(tag="loss", simple_value=step / 4)
+    file.write(summary=Summary(value=[value]), step=step)
   file.flush()  # no close: simulates an interruption
   events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
   assert [(event.step, event.value) for event in events] == [(i, i / 4) for i in range(100)]

@@ -81,7 +81,6 @@ def train(
         checkpointer=checkpointer,
         writer=writer,
         progress=Progress(settings.num_steps, 16, start_step=start, bar=False),
-        workdir=workdir,
       )
       put = functools.partial(sharding.to_global, mesh=made.mesh)
       outcome = loop.run(state, prefetch(iter(data[start:]), put))

@@ -248,7 +248,7 @@ def test_begin_step_delays_warmup():
   config = {"name": "sgd", "learning_rate": 1.0,
             "schedule": {"name": "linear", "warmup_steps": 2}}  # fmt: skip
   params = {"x": jnp.zeros(1)}
-  optimizer = create_optimizer(config, params, 10, begin_step=4, updates_per_step=2)
+  optimizer = create_optimizer(config, params, 10, begin_step=4, updates=2)
   assert [float(optimizer.schedule(step)) for step in (0, 3, 4, 5, 6, 8, 10)] == pytest.approx(
     [0, 0, 0, 0.5, 1.0, 0.5, 0.0]
   )

@@ -28,6 +28,7 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 
+from vit_jax_zoo.tasks.base import Variables
 from vit_jax_zoo.training import disk_errors
 from vit_jax_zoo.training.distributed import all_gather_objects, is_primary
 
@@ -214,10 +215,7 @@ class _Folder:
 
 
 def restore_variables(
-  path: PathLike,
-  abstract_variables: Mapping[str, Any] | None = None,
-  *,
-  left_out: Sequence[str] = (),
+  path: PathLike, abstract_variables: Variables | None = None, *, left_out: Sequence[str] = ()
 ) -> dict[str, Any]:
   """Restores the variables (the moving averages, if there are any) of `find_checkpoint(path)`.
 
@@ -237,7 +235,11 @@ def restore_variables(
     target = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in arrays.items()}
     arguments = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in arrays}
   else:
-    target = {path: _with_sharding(leaf) for path, leaf in _by_path(abstract_variables).items()}
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = {
+      path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or default)
+      for path, x in _by_path(abstract_variables).items()
+    }
     arguments = ocp.checkpoint_utils.construct_restore_args(target)
     left = tuple(f"{part}/" for part in left_out)
     read = [path for path in arrays if not path.startswith(left)]
@@ -259,12 +261,6 @@ def _keys_in_state(saved: Iterable[str]) -> dict[str, str]:
     return averages
   params = {key: key for key in saved if key.startswith("params/")}
   return params | {k.removeprefix("model_state/"): k for k in saved if k.startswith("model_state/")}
-
-
-def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
-  default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  sharding = getattr(leaf, "sharding", None) or default
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def find_checkpoint(path: PathLike) -> epath.Path:

@@ -15,6 +15,7 @@ from vit_jax_zoo.tasks.base import Batch, Task, Variables
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.distributed import check_equal_arrays
 from vit_jax_zoo.training.optim import Optimizer, create_optimizer
+from vit_jax_zoo.training.sharding import Rules
 from vit_jax_zoo.training.train_step import PredictStep, TrainState, create_state, make_train_step
 
 # Random variables, which may be donated then, to initial ones of the same names and shapes.
@@ -85,12 +86,7 @@ class TrainingOptions:
 
 
 def build_program(
-  task: Task,
-  abstract_batch: Mapping[str, jax.ShapeDtypeStruct],
-  options: TrainingOptions,
-  *,
-  mesh: Mesh,
-  rules: sharding.Rules,
+  task: Task, abstract_batch: Batch, options: TrainingOptions, *, mesh: Mesh, rules: Rules
 ) -> Program:
   """Returns the steps of a training run, for a global batch of this shape, or raises ValueError."""
   batch_size = jax.tree.leaves(abstract_batch)[0].shape[0]
@@ -103,7 +99,7 @@ def build_program(
       group.select(abstract["params"]),
       options.num_steps,
       begin_step=group.begin_step,
-      updates_per_step=group.updates,
+      updates=group.updates,
     )
     for group in task.optim_groups
   )
@@ -129,12 +125,7 @@ def build_program(
 
 
 def build_evaluation(
-  task: Task,
-  abstract_batch: Mapping[str, jax.ShapeDtypeStruct],
-  *,
-  mesh: Mesh,
-  rules: sharding.Rules,
-  left_out: tuple[str, ...] = (),
+  task: Task, abstract_batch: Batch, *, mesh: Mesh, rules: Rules, left_out: tuple[str, ...] = ()
 ) -> EvaluationProgram:
   """Returns the steps of evaluations, for a global batch of training or of an evaluation."""
   init = jax.jit(lambda rng: _init(task, rng, abstract_batch, left_out))
@@ -175,7 +166,7 @@ def _init(task: Task, rng: jax.Array, abstract_batch: Batch, left_out: Sequence[
   return traverse_util.unflatten_dict(kept, sep="/")
 
 
-def state_shardings(abstract_state: TrainState, rules: sharding.Rules, mesh: Mesh) -> TrainState:
+def state_shardings(abstract_state: TrainState, rules: Rules, mesh: Mesh) -> TrainState:
   """Returns the sharding of every array of a state."""
   params, replicated = abstract_state.params, PartitionSpec()
   specs = sharding.parameter_specs(params, rules, mesh)

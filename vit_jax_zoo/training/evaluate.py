@@ -38,7 +38,7 @@ Evaluation: TypeAlias = Callable[[Variables], Report]  # called on all processes
 
 
 @runtime_checkable
-class SizedBatches(Sized, Iterable[dict[str, np.ndarray]], Protocol):
+class Batches(Sized, Iterable[dict[str, np.ndarray]], Protocol):
   """A finite sequence of batches, of the same length on every process."""
 
 
@@ -46,7 +46,7 @@ def score_predictions(
   variables: Variables,
   *,
   program: EvaluationProgram,
-  batches: Callable[[], SizedBatches],
+  batches: Callable[[], Batches],
   name: str,
   metrics: Sequence[str] = (),
 ) -> Report:
@@ -82,10 +82,7 @@ def draw(name: str, figures: Callable[..., dict[str, Figure]], *args: Any) -> di
 
 
 def explain(
-  variables: Variables,
-  *,
-  program: EvaluationProgram,
-  load_batch: Callable[[], dict[str, np.ndarray]],
+  variables: Variables, *, program: EvaluationProgram, load_batch: Callable[[], dict[str, Any]]
 ) -> Report:
   """Returns figures of a batch's attention maps and other intermediates, on process 0."""
   batch = load_batch()
@@ -111,12 +108,7 @@ def gather_parts(value: T, mesh: Mesh) -> list[T]:
 
 
 def predict_batches(
-  predict_step: PredictStep,
-  variables: Variables,
-  batches: Iterable[Any],
-  mesh: Mesh,
-  name: str,
-  total: int,
+  step: PredictStep, variables: Variables, batches: Iterable[Any], mesh: Mesh, name: str, total: int
 ) -> Iterator[tuple[Any, Any]]:
   """Yields batches with their predictions, one batch behind, so that the device does not wait."""
   begin = logged = time.monotonic()
@@ -124,7 +116,7 @@ def predict_batches(
   for done, batch in enumerate(itertools.chain(batches, [None])):
     latest = None
     if batch is not None:
-      latest = batch, predict_step(variables, sharding.to_global(batch, mesh))
+      latest = batch, step(variables, sharding.to_global(batch, mesh))
     if ahead is not None:
       yield ahead[0], sharding.to_local(ahead[1])
     ahead, now = latest, time.monotonic()
@@ -137,8 +129,8 @@ def probe_features(
   variables: Variables,
   *,
   program: EvaluationProgram,
-  fit_batches: Callable[[], SizedBatches],
-  test_batches: Callable[[], SizedBatches],
+  fit_batches: Callable[[], Batches],
+  test_batches: Callable[[], Batches],
   name: str,
   probe: FeatureProbe,
 ) -> Report:
@@ -172,12 +164,7 @@ def report(results: dict[str, FeatureScore], title: str) -> Report:
 
 
 def collect_features(
-  features_step: PredictStep,
-  variables: Variables,
-  batches: SizedBatches,
-  mesh: Mesh,
-  name: str,
-  views: int = 1,
+  step: PredictStep, variables: Variables, batches: Batches, mesh: Mesh, name: str, views: int = 1
 ) -> Labelled:
   """Returns features [b d] ([b v d] of several views) and labels of all hosts' real rows.
 
@@ -186,7 +173,7 @@ def collect_features(
   labels: list[np.ndarray] = []
   features: dict[str, list[np.ndarray]] = {}
   each, total = _each_view(batches, views), len(batches) * views
-  pairs = predict_batches(features_step, variables, each, mesh, name, total)
+  pairs = predict_batches(step, variables, each, mesh, name, total)
   for number, (batch, found) in enumerate(pairs):
     if "label" not in batch or np.ndim(batch["label"]) != 1:
       raise ValueError(f"evaluation {name!r}: no single label; feature probes need one per image")
@@ -201,7 +188,7 @@ def collect_features(
   return Labelled(whole, np.concatenate([part[1] for part in parts]))
 
 
-def _each_view(batches: SizedBatches, views: int) -> Iterator[dict[str, np.ndarray]]:
+def _each_view(batches: Batches, views: int) -> Iterator[dict[str, np.ndarray]]:
   for batch in batches:
     for view in range(views):
       number = {} if views == 1 else {"view": np.full(len(batch["mask"]), view, np.int32)}

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 import signal
 import threading
@@ -118,7 +117,6 @@ class Loop:
   checkpointer: Checkpointer
   writer: MetricWriter
   progress: Progress
-  workdir: epath.PathLike
   counters: Callable[[], Mapping[str, float]] = dict  # returns further scalars to log
 
   def run(self, state: TrainState, batches: Iterator[Mapping[str, jax.Array]]) -> Outcome:
@@ -130,9 +128,9 @@ class Loop:
     settings, scores, start = self.settings, {}, int(state.step)
     log = _TrainingLog(self, start)
     due = start and settings.is_due(settings.eval_every, start)
-    if due and not is_evaluated(self.workdir, self.evaluations, start):
+    if due and not is_evaluated(self.checkpointer.workdir, self.evaluations, start):
       scores = self.evaluate(start, state.variables)
-    workdir = epath.Path(self.workdir)
+    workdir = self.checkpointer.workdir
     with preemption_guard() as stop_requested, self._profile(log) as at_step:
       for step in range(start + 1, settings.num_steps + 1):
         at_step(step)
@@ -207,9 +205,8 @@ class Loop:
     if int(best.name) == step:
       logging.info("the last step is the best")
       return {f"best/{name}": value for name, value in last_scores.items()}
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), last)
     with self.progress.exclude("evaluate"):
-      report = run_evaluations(self.evaluations, restore_variables(best, like))
+      report = run_evaluations(self.evaluations, restore_variables(best, last))
     scores = {f"best/{name}": value for name, value in report.scores.items()}
     self._write(step, Report(scores, {f"best_{k}": v for k, v in report.figures.items()}))
     logging.info("best checkpoint, step %s: %s", best.name, format_scores(report.scores))
@@ -219,7 +216,7 @@ class Loop:
   def _profile(self, training: "_TrainingLog") -> Iterator[Callable[[int], None]]:
     """Yields a function to call at the beginning of each step; the block's end ends the trace."""
     first, last = self.settings.profile or (0, 0)
-    directory = os.path.join(self.workdir, "profile")
+    directory = str(self.checkpointer.workdir / "profile")
     with contextlib.ExitStack() as stack:
 
       def at_step(step: int) -> None:
@@ -298,7 +295,7 @@ class _TrainingLog:
     self._loop, self.start = loop, start
     self._pending: dict[int, Metrics] = {}
     self._in_flight: collections.deque[Any] = collections.deque()
-    self._file = epath.Path(loop.workdir) / PENDING_FILE
+    self._file = loop.checkpointer.workdir / PENDING_FILE
     self._sums = read_pending(self._file, start) if start and is_primary() else {}
 
   def add(self, step: int, metrics: Metrics) -> None:

@@ -54,16 +54,12 @@ class EventFile:
     name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{number:04d}"
     self._records = RecordWriter((workdir / name).open("wb"))
     self.flush, self.close = self._records.flush, self._records.close
-    self._write(Event(file_version="brain.Event:2"))
-    self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+    self.write(file_version="brain.Event:2")
+    self.write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
 
-  def add(self, summary: Summary, step: int = 0) -> None:
-    """Writes a summary."""
-    self._write(Event(summary=summary, step=step))
-
-  def _write(self, event: Event) -> None:
-    event.wall_time = time.time()
-    self._records.write(event.SerializeToString())
+  def write(self, **event: Any) -> None:
+    """Writes an event with these fields."""
+    self._records.write(Event(wall_time=time.time(), **event).SerializeToString())
 
 
 METRICS_FILE = "metrics.jsonl"
@@ -188,7 +184,7 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
 
   def _add(self, step: int, **value: Any) -> None:
     if self._tensorboard:
-      self._tensorboard.add(Summary(value=[Summary.Value(**value)]), step)
+      self._tensorboard.write(summary=Summary(value=[Summary.Value(**value)]), step=step)
 
   def _write_config(self, config: dict[str, Any]) -> None:
     flat, plain = traverse_util.flatten_dict(config, sep="."), bool | int | float
@@ -198,7 +194,7 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
       text = f"```\n{json.dumps(config, indent=1)}\n```"
       metadata = create_summary_metadata(display_name="config", description="")
       self._add(0, tag="config/text_summary", metadata=metadata, tensor=make_tensor_proto(text))
-      self._tensorboard.add(hparams_pb(values))
+      self._tensorboard.write(summary=hparams_pb(values))
 
   def _send(self, kind: str, *args: Any) -> None:
     for name, service in list(self._services.items()):

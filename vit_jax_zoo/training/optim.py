@@ -22,7 +22,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,9 @@ from vit_jax_zoo.training.schedule import (
   plain,
 )
 
+Transformation: TypeAlias = optax.GradientTransformation
+Settings: TypeAlias = Mapping[str, dict[str, Any]]  # of `rules`, by path of the parameter
+
 
 def scale_by_adam(
   b1: Number = 0.9,
@@ -47,7 +50,7 @@ def scale_by_adam(
   *,
   mu_dtype: Any = None,
   nesterov: bool = False,
-) -> optax.GradientTransformation:
+) -> Transformation:
   """Returns Adam's direction. Kingma & Ba, arXiv:1412.6980, algorithm 1.
 
   Arguments and state are those of `optax.scale_by_adam`, whose bias correction 1 - b^t loses half
@@ -72,7 +75,7 @@ def scale_by_adam(
     direction = jax.tree.map(lambda m, n: m / root(n), mean, nu)
     return direction, optax.ScaleByAdamState(count, optax.tree.cast(mu, mu_dtype), nu)
 
-  return optax.GradientTransformation(init, update)
+  return Transformation(init, update)
 
 
 def _correction(decay: float, count: jax.Array) -> jax.Array | float:
@@ -92,7 +95,7 @@ _RULE_FIELDS = ("learning_rate", "weight_decay", "frozen")
 class Optimizer:
   """Gradient transformation, schedule, and mask of the frozen parameters."""
 
-  tx: optax.GradientTransformation
+  tx: Transformation
   schedule: Schedule  # by training step, from 0; it is 0 before `begin_step`
   frozen: Any  # tree with the structure of the parameters; True for frozen ones
 
@@ -102,11 +105,7 @@ class Optimizer:
 
 
 def create_optimizer(
-  config: Config,
-  abstract_params: Any,
-  num_steps: int,
-  begin_step: int = 0,
-  updates_per_step: int = 1,
+  config: Config, abstract_params: Any, num_steps: int, begin_step: int = 0, updates: int = 1
 ) -> Optimizer:
   """Creates an optimizer from its config.
 
@@ -120,7 +119,7 @@ def create_optimizer(
     abstract_params: nested dict of the arrays or shapes of one group's parameters.
     num_steps: training steps of the whole run.
     begin_step: first training step with an update, at which the schedule starts.
-    updates_per_step: number of calls of `update` per training step.
+    updates: number of updates in each training step.
 
   Raises ValueError for an unknown name or field, a rule without a parameter, or all frozen.
 
@@ -134,13 +133,13 @@ def create_optimizer(
   kind, direction = _direction_of(fields)
   flat = traverse_util.flatten_dict(plain(abstract_params), sep="/")
   settings = _settings_of(flat, _plain_rules(fields.get("rules") or ()))
-  if all(setting.frozen for setting in settings.values()):
+  if all(setting["frozen"] for setting in settings.values()):
     raise ValueError("optimizer.rules: all parameters are frozen; expected one to train")
   schedule = create_schedule(fields, max(num_steps - begin_step, 1))
-  per_update = lambda count: schedule(count // updates_per_step)  # noqa: E731
+  per_update = lambda count: schedule(count // updates)  # noqa: E731
   chain = _chain(fields, kind, direction, settings, per_update)
-  frozen = _tree(settings, lambda setting: setting.frozen)
-  trained = _tree(settings, lambda setting: not setting.frozen)
+  frozen = _tree(settings, lambda setting: setting["frozen"])
+  trained = _tree(settings, lambda setting: not setting["frozen"])
   tx = optax.chain(optax.masked(chain, trained), optax.masked(_NO_UPDATE, frozen))
 
   def delayed(step: Any) -> Any:
@@ -161,12 +160,12 @@ def optimizer_fields(name: str) -> list[str]:
 class _Kind(NamedTuple):
   """A named optimizer: a function from config fields to its direction, and the other steps."""
 
-  direction: Callable[..., optax.GradientTransformation]
+  direction: Callable[..., Transformation]
   decay_mode: str
-  after_decay: optax.GradientTransformation | None = None
+  after_decay: Transformation | None = None
 
 
-def _direction_of(fields: Mapping[str, Any]) -> tuple[_Kind, optax.GradientTransformation]:
+def _direction_of(fields: Mapping[str, Any]) -> tuple[_Kind, Transformation]:
   for field in ("name", "learning_rate"):
     if field not in fields:
       raise ValueError(f"optimizer: no {field!r}; found {', '.join(fields)}")
@@ -186,7 +185,7 @@ def _direction_of(fields: Mapping[str, Any]) -> tuple[_Kind, optax.GradientTrans
 
 def _sgd(
   *, momentum: Number | None = None, nesterov: bool = False, accumulator_dtype: Any = None
-) -> optax.GradientTransformation:
+) -> Transformation:
   if momentum is None:
     return optax.identity()
   return optax.trace(momentum, nesterov, accumulator_dtype)
@@ -204,7 +203,7 @@ def _adafactor(
   momentum: Number | None = 0.9,
   momentum_dtype: Any = jnp.bfloat16,
   eps: Number = 1e-30,
-) -> optax.GradientTransformation:
+) -> Transformation:
   """Adafactor of Scaling Vision Transformers (arXiv:2106.04560, section 3.4)."""
 
   def second_moment_decay(step: Any, exponent: Any) -> Any:
@@ -231,13 +230,6 @@ OPTIMIZERS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Setting:
-  learning_rate: Number
-  weight_decay: Number
-  frozen: bool
-
-
 def _plain_rules(rules: Any) -> list[tuple[str, dict[str, Any]]]:
   found = []
   for rule in rules:
@@ -253,7 +245,8 @@ def _plain_rules(rules: Any) -> list[tuple[str, dict[str, Any]]]:
   return found
 
 
-def _settings_of(flat: Mapping[str, Any], rules: Sequence[tuple[str, Any]]) -> dict[str, _Setting]:
+def _settings_of(flat: Mapping[str, Any], rules: Sequence[tuple[str, Any]]) -> Settings:
+  """Returns the learning rate, weight decay and `frozen` of each parameter, by path."""
   for pattern, _ in rules:
     if not any(re.fullmatch(pattern, path) for path in flat):
       raise ValueError(
@@ -262,10 +255,11 @@ def _settings_of(flat: Mapping[str, Any], rules: Sequence[tuple[str, Any]]) -> d
       )
   found = {}
   for path, leaf in flat.items():
-    setting = _Setting(1.0, weight_decay=float(_decays(path, len(leaf.shape))), frozen=False)
+    decay = float(_decays(path, len(leaf.shape)))
+    setting = {"learning_rate": 1.0, "weight_decay": decay, "frozen": False}
     for pattern, fields in reversed(rules):  # so that the first rule overrides the others
       if re.fullmatch(pattern, path):
-        setting = dataclasses.replace(setting, **fields)
+        setting |= fields
     found[path] = setting
   return found
 
@@ -277,17 +271,13 @@ def _decays(path: str, ndim: int) -> bool:
   return ndim - scanned >= 2 and name not in ("bias", "scale")
 
 
-def _tree(settings: Mapping[str, _Setting], value: Callable[[_Setting], Any]) -> Any:
+def _tree(settings: Settings, value: Callable[[Mapping[str, Any]], Any]) -> Any:
   return traverse_util.unflatten_dict({k: value(s) for k, s in settings.items()}, sep="/")
 
 
 def _chain(
-  fields: Mapping[str, Any],
-  kind: _Kind,
-  direction: optax.GradientTransformation,
-  settings: Mapping[str, _Setting],
-  schedule: Schedule,
-) -> optax.GradientTransformation:
+  fields: Config, kind: _Kind, direction: Transformation, settings: Settings, schedule: Schedule
+) -> Transformation:
   """Returns steps 1 to 6 of the module's docstring, for the parameters that are trained."""
   mode = fields.get("weight_decay_mode") or kind.decay_mode
   check_names("weight_decay_mode", [mode], _DECAY_MODES)
@@ -295,15 +285,15 @@ def _chain(
   decay = {}
   if amount:  # optax.add_decayed_weights has one rate for all parameters
     add = lambda u, p, d: u + d * p if d else u  # noqa: E731
-    decay = {mode: [_per_parameter(settings, lambda s: amount * s.weight_decay, add)]}
+    decay = {mode: [_per_parameter(settings, lambda s: amount * s["weight_decay"], add)]}
   clip_norm = fields.get("clip_norm")
   if clip_norm is not None and not clip_norm > 0:
     raise ValueError(f"clip_norm: {clip_norm}; expected a number above 0, or None")
   clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
   steps = [*clip, *decay.get("l2", []), direction, *decay.get("decoupled", [])]
   steps += [kind.after_decay] if kind.after_decay else []
-  if any(setting.learning_rate != 1.0 for setting in settings.values()):
-    steps += [_per_parameter(settings, lambda s: float(s.learning_rate), lambda u, _, m: u * m)]
+  if any(setting["learning_rate"] != 1.0 for setting in settings.values()):
+    steps += [_per_parameter(settings, lambda s: float(s["learning_rate"]), lambda u, _, m: u * m)]
   if last := decay.get("fully_decoupled"):
     if not base:
       raise ValueError("learning_rate: 0; weight_decay_mode='fully_decoupled' needs one above 0")
@@ -313,11 +303,9 @@ def _chain(
 
 
 def _per_parameter(
-  settings: Mapping[str, _Setting],
-  value: Callable[[_Setting], float],
-  apply: Callable[[Any, Any, float], Any],
-) -> optax.GradientTransformation:
+  settings: Settings, value: Callable[[Any], float], apply: Callable[[Any, Any, float], Any]
+) -> Transformation:
   """Returns the transformation `apply(update, parameter, value(setting))` of each parameter."""
   # `optax.masked` passes trees with an empty node for each frozen parameter.
-  values = _tree(settings, lambda s: optax.MaskedNode() if s.frozen else value(s))
+  values = _tree(settings, lambda s: optax.MaskedNode() if s["frozen"] else value(s))
   return optax.stateless(lambda updates, params: jax.tree.map(apply, updates, params, values))
