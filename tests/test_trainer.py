@@ -547,7 +547,7 @@ def test_batch_to_loss_as_listed(first_run):
 def test_flag_to_effect_as_listed(monkeypatch, tmp_path):
   arguments = ("main", "--config=configs/vit.py", f"--workdir={tmp_path}", FLAG)
   monkeypatch.setattr(trainer, "_initial_state", lambda *_: sys.exit(0))
-  calls = Calls(has_rate, "training/schedule.py:create_schedule")
+  calls = Calls(has_rate, "training/optim.py:create_schedule")
   found = called(monkeypatch, main.main, arguments, calls)
   assert_lists("From a flag", found, at_most=10)
 

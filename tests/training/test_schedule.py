@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vit_jax_zoo.training.schedule import create_schedule
+from vit_jax_zoo.training.optim import create_schedule
 
 
 def values(num_steps, steps, *, learning_rate=1.0, **schedule):
