@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from vit_jax_zoo.config import load
 from vit_jax_zoo.planning.report import ASSUMPTIONS, gib, seconds
-from vit_jax_zoo.training import atomic_write
+from vit_jax_zoo.training import disk
 
 PAGE, PLANS, SLICES, LOCK = (
   pathlib.Path("docs") / name for name in ("PLANS.md", "plans.json", "slices.toml", ".plans.lock")
@@ -98,8 +98,8 @@ def write_page(found: Mapping[str, Any] | None = None) -> None:
       results = {**_stored(), **found}  # read again: other processes may have stored other rows
       keys = {row.key for row in rows()[0]}
       lines = [f"{json.dumps(k)}: {json.dumps(results[k])}" for k in sorted(results) if k in keys]
-      atomic_write.write(PLANS, "{\n" + ",\n".join(lines) + "\n}\n")
-    atomic_write.write(PAGE, page())
+      disk.write(PLANS, "{\n" + ",\n".join(lines) + "\n}\n")
+    disk.write(PAGE, page())
 
 
 def _compile(row: Row, time_limit: int, level: str | None) -> dict[str, Any]:

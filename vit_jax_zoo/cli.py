@@ -14,7 +14,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from vit_jax_zoo.errors import escape_controls, one_line
-from vit_jax_zoo.training import disk_errors, host
+from vit_jax_zoo.training import disk, host
 
 USER_ERRORS = (
   ValueError, KeyError, AttributeError, TypeError, OSError, ImportError, RuntimeError,
@@ -62,7 +62,7 @@ def one_line_errors(*, show_traceback: bool) -> Iterator[None]:
       traceback.print_exc()
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     text = one_line(f"{_flag_of(error)}{message}")
-    if disk_errors.is_full(error):
+    if disk.is_full(error):
       text += "; free disk space and run the same command again"
     print(f"error: {text}", file=sys.stderr)  # noqa: T201
     raise SystemExit(EXIT_ERROR) from None

@@ -33,7 +33,7 @@ from vit_jax_zoo.inference.base import Picture, Predictor, Result, list_options,
 from vit_jax_zoo.inference.coco_json import FILES, CocoFiles, GroundTruth
 from vit_jax_zoo.inference.load import predictor
 from vit_jax_zoo.inference.progress import track
-from vit_jax_zoo.training import atomic_write
+from vit_jax_zoo.training import disk
 
 FLAGS = flags.FLAGS
 
@@ -211,7 +211,7 @@ class Records(contextlib.ExitStack):
     """Writes `predictions.json`, and further JSON files by name; returns the exit status."""
     for file, content in (more or {}).items():
       _mark(self._output, [file])
-      atomic_write.write_json(self._output / file, content)
+      disk.write_json(self._output / file, content)
     if self._table is None:
       self._lines.seek(0)
       unfinished = self._result.with_suffix(".json.tmp")

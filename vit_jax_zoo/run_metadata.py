@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from vit_jax_zoo.config import rename_fields
 from vit_jax_zoo.data.sources.base import DatasetInfo, Source
-from vit_jax_zoo.training import atomic_write, disk_errors
+from vit_jax_zoo.training import disk
 
 CONFIG_FILE, DATA_FILE = "config.json", "data.json"
 
@@ -135,9 +135,9 @@ def _hash(*texts: str) -> str:
 
 
 def _write(content: Any, file: epath.Path) -> None:
-  with disk_errors.explained(f"{file} cannot be written"):
+  with disk.explained(f"{file} cannot be written"):
     file.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write.write(file, json.dumps(content, indent=1, sort_keys=True) + "\n")
+    disk.write(file, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def _read(file: epath.Path) -> Any:

@@ -29,7 +29,7 @@ from etils import epath
 from flax import traverse_util
 
 from vit_jax_zoo.tasks.base import Variables
-from vit_jax_zoo.training import disk_errors
+from vit_jax_zoo.training import disk
 from vit_jax_zoo.training.distributed import all_gather_objects, is_primary
 
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -143,7 +143,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       last = "none is complete yet" if step is None else f"that of step {step} is complete"
       return f"{last}: free disk space and run the same command again"
 
-    return disk_errors.explained(f"a checkpoint cannot be written to {self.workdir}", advice)
+    return disk.explained(f"a checkpoint cannot be written to {self.workdir}", advice)
 
   def _check_writable(self) -> None:
     if self.read_only:

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from vit_jax_zoo.errors import check_names, one_line
-from vit_jax_zoo.training import atomic_write
+from vit_jax_zoo.training import disk
 
 PROJECT = "vit_jax_zoo"  # default name of the project, or experiment
 RUN_IDS = "logging.json"  # of the services' runs, which a resumed run continues
@@ -119,5 +119,5 @@ def open_services(
       except Exception as error:
         raise ValueError(f"config.logging: {name}: {one_line(str(error))}") from error
   if services:
-    atomic_write.write_json(file, ids | {name: s.run_id for name, s in services.items()})
+    disk.write_json(file, ids | {name: s.run_id for name, s in services.items()})
   return services

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 
 from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.tasks.base import Variables
-from vit_jax_zoo.training import atomic_write
+from vit_jax_zoo.training import disk
 from vit_jax_zoo.training.checkpoint import BEST, Checkpointer, find_checkpoint, restore_variables
 from vit_jax_zoo.training.distributed import all_gather_objects, is_primary
 from vit_jax_zoo.training.evaluate import Evaluation, Report
@@ -331,7 +331,7 @@ class _TrainingLog:
     self._fetch()
     if is_primary():
       with contextlib.suppress(OSError):  # a full disk: the save, which follows, reports it
-        atomic_write.write_json(self._file, {"step": step, "sums": self._sums})
+        disk.write_json(self._file, {"step": step, "sums": self._sums})
 
   def _fetch(self) -> None:
     pending, self._pending = jax.device_get(self._pending), {}

@@ -39,7 +39,7 @@ from tensorboard.util.tensor_util import make_tensor_proto
 
 from vit_jax_zoo.errors import escape_surrogates, one_line
 from vit_jax_zoo.figures.canvas import render
-from vit_jax_zoo.training import atomic_write, disk_errors
+from vit_jax_zoo.training import disk
 from vit_jax_zoo.training.distributed import is_primary
 from vit_jax_zoo.training.loggers import open_services
 
@@ -155,7 +155,7 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
       self._futures.append(self._pool.submit(write, *args))
 
   def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
-    return disk_errors.explained(
+    return disk.explained(
       f"the log cannot be written to {self._workdir}",
       lambda: "free disk space and run the same command again; it resumes at the last checkpoint",
     )
@@ -240,7 +240,7 @@ def save_figures(workdir: str | os.PathLike[str], step: int, figures: Mapping[st
   """Writes figures to a run's directory."""
   for name, pixels in _render_each(figures):
     path = _figure_path(workdir, step, name)
-    with disk_errors.explained(f"{path} cannot be written"):
+    with disk.explained(f"{path} cannot be written"):
       _save_image(path, pixels)
 
 
@@ -283,7 +283,7 @@ def _truncate(path: pathlib.Path, last_step: int) -> None:
     return
   content = b"".join(line + b"\n" for line, row in _read_rows(path) if row["step"] <= last_step)
   if content != path.read_bytes():
-    atomic_write.write(path, content)
+    disk.write(path, content)
 
 
 def _as_float(name: str, value: Any) -> float:
@@ -301,5 +301,5 @@ def _save_image(path: epath.Path, pixels: np.ndarray) -> bytes:
   buffer = io.BytesIO()
   Image.fromarray(pixels).save(buffer, format="png")
   path.parent.mkdir(parents=True, exist_ok=True)
-  atomic_write.write(path, buffer.getvalue())
+  disk.write(path, buffer.getvalue())
   return buffer.getvalue()

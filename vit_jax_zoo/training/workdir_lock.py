@@ -18,7 +18,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from vit_jax_zoo.training import atomic_write, disk_errors
+from vit_jax_zoo.training import disk
 from vit_jax_zoo.training.distributed import all_gather_objects, is_primary
 
 LOCK_FILE = "lock.json"
@@ -34,7 +34,7 @@ def workdir_lock(workdir: epath.Path) -> Iterator[None]:
   """Holds the lock of a directory; called by all processes, which all raise LockedError."""
   path = workdir / LOCK_FILE
   try:
-    with disk_errors.explained(f"{path} cannot be written"):
+    with disk.explained(f"{path} cannot be written"):
       problem = _acquire(path) if is_primary() else None
   except (NotADirectoryError, FileExistsError):
     problem = f"--workdir={workdir}: not a folder; expected a run's folder, or a new one"
@@ -110,7 +110,7 @@ def _process() -> dict[str, Any]:
 
 def _write(path: epath.Path, started: float, beats: int) -> None:
   content = {"host": socket.gethostname(), "started": started, "beats": beats, **_process()}
-  atomic_write.write_json(path, content)
+  disk.write_json(path, content)
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:

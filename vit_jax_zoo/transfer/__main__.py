@@ -39,7 +39,7 @@ from vit_jax_zoo.figures.canvas import render
 from vit_jax_zoo.figures.curves import draw_accuracies, draw_shots
 from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.metrics.feature_probes import PROBES
-from vit_jax_zoo.training.atomic_write import write_json
+from vit_jax_zoo.training.disk import write_json
 from vit_jax_zoo.transfer.extract import Extractor
 from vit_jax_zoo.transfer.suites import SUITES, Outcome, Request, run_suites, summarize_vtab
 

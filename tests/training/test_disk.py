@@ -1,6 +1,7 @@
-"""Disk-full errors: one line for every kind of output, no deadlock."""
+"""Atomic writes; disk-full errors: one line for every kind of output, no deadlock."""
 
 import errno
+import json
 import os
 import re
 
@@ -13,6 +14,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tests.training.disk import small_files
 from vit_jax_zoo import cli
 from vit_jax_zoo import run_metadata as run_config
+from vit_jax_zoo.training import disk
 from vit_jax_zoo.training.metric_writer import EventFile, MetricWriter, read_metrics, save_figures
 
 
@@ -66,3 +68,34 @@ def test_flush_writes_all_events(tmp_path):
   events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
   assert [(event.step, event.value) for event in events] == [(i, i / 4) for i in range(100)]
   file.close()
+
+
+def test_failed_write_keeps_old_file(tmp_path):
+  path = tmp_path / "notes.txt"
+  disk.write(path, "old")
+  with pytest.raises(TypeError):
+    disk.write_json(path, {"a": object()})
+  assert path.read_text() == "old"
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_open_reader_keeps_old_file(tmp_path):
+  path = tmp_path / "notes.txt"
+  disk.write(path, b"old " * 1000)
+  with path.open() as reader:
+    assert reader.read(4) == "old "
+    disk.write(path, "new")
+    assert reader.read() == "old " * 999
+  assert path.read_text() == "new"
+
+
+def test_json_not_ascii_escaped(tmp_path):
+  disk.write_json(str(tmp_path / "a.json"), {"names": ["Käfer"]})
+  text = (tmp_path / "a.json").read_text(encoding="utf-8")
+  assert "Käfer" in text
+  assert json.loads(text) == {"names": ["Käfer"]}
+
+
+def test_json_surrogates_round_trip(tmp_path):
+  disk.write_json(tmp_path / "a.json", ["b\udce9.png"])
+  assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == ["b\udce9.png"]

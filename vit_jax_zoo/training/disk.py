@@ -1,14 +1,32 @@
-"""Converts ENOSPC and EDQUOT (TensorStore's too) to a one-line OSError."""
+"""Atomic writes, and one-line errors of a full disk: ENOSPC and EDQUOT, TensorStore's too."""
 
 import contextlib
 import errno
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
+
+from etils import epath
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # TensorStore raises ValueError, without an attribute for the errno in its message.
 _FULL_CODE = re.compile(f"os_error_code='({'|'.join(map(str, _FULL))})'")
+
+
+def write(path: epath.PathLike, content: str | bytes) -> None:
+  """Writes a file, text as UTF-8, surrogates escaped, and renames it; by one process only."""
+  path = epath.Path(path)
+  encoded = content if isinstance(content, bytes) else content.encode(errors="backslashreplace")
+  unfinished = path.with_name(f"{path.name}.tmp")
+  unfinished.write_bytes(encoded)
+  unfinished.replace(path)
+
+
+def write_json(path: epath.PathLike, content: Any) -> None:
+  """Writes indented JSON."""
+  write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def is_full(error: BaseException) -> int | None:
@@ -25,7 +43,6 @@ def explained(what: str, advice: Callable[[], str] = lambda: "free disk space") 
   try:
     yield
   except (OSError, ValueError) as error:
-    number = is_full(error)
-    if number is None:
+    if (number := is_full(error)) is None:
       raise
     raise OSError(f"{what}: {os.strerror(number)}; {advice()}") from None
