@@ -53,6 +53,11 @@ class Experiment:
     """All data: "train", and the evaluations by name."""
     return {"train": self.train_source, **self.eval_sources}
 
+  @property
+  def eval_batch_size(self) -> int:
+    """Number of examples in a global batch of evaluations."""
+    return self.config.eval_batch_size or self.config.batch_size
+
   def _loader_options(self, batch_size: int) -> dict[str, Any]:
     index, count = sharding.input_shard(self.mesh, batch_size)
     part = {"batch_size": batch_size, "process_index": index, "process_count": count}
@@ -76,13 +81,12 @@ class Experiment:
 
   def eval_batches(self, name: str, *, to_fit: bool = False) -> pipeline.EvalBatches:
     """Returns this process's part of the batches of an evaluation, or of its `fit_split`."""
-    batch_size = self.config.eval_batch_size or self.config.batch_size
-    sharding.check_batch_size(batch_size, self.mesh)
+    sharding.check_batch_size(self.eval_batch_size, self.mesh)
     return pipeline.eval_batches(
       (self.fit_sources if to_fit else self.eval_sources)[name],
       build_transforms(self.config.data.eval[name].transforms),
       num_classes=None if name in self.fit_sources else self._num_classes,
-      **self._loader_options(batch_size),
+      **self._loader_options(self.eval_batch_size),
     )
 
   def batch_shapes(self) -> list[tuple[float, dict[str, np.ndarray]]]:
@@ -98,29 +102,22 @@ class Experiment:
 
   def program(self, batch: Mapping[str, np.ndarray]) -> compiled_steps.Program:
     """Returns the compiled steps for batches with the shapes of this process's part `batch`."""
-    config = self.config
+    config, rules = self.config, self.sharding_rules
+    shapes = compiled_steps.abstract_batch_of(batch, config.batch_size)
     lengths = self.num_steps, config.accumulation_steps
-    return compiled_steps.build_program(
-      self.task,
-      compiled_steps.abstract_batch_of(batch, config.batch_size),
-      TrainingOptions(config.optimizer.to_dict(), *lengths, config.ema_decay),
-      mesh=self.mesh,
-      rules=self.sharding_rules,
-    )
+    options = TrainingOptions(config.optimizer.to_dict(), *lengths, config.ema_decay)
+    return compiled_steps.build_program(self.task, shapes, options, mesh=self.mesh, rules=rules)
 
   def evaluation_program(self) -> compiled_steps.EvaluationProgram:
     """Returns the compiled steps of an evaluation, for the shapes of the default one's batches."""
     name = main_evaluation(self.config.data.eval.to_dict())
     if name is None:
       raise ValueError("data.eval: empty; expected an evaluation")
-    batch = self.eval_batches(name).one_example()
-    batch_size = self.config.eval_batch_size or self.config.batch_size
+    batch, batch_size = self.eval_batches(name).one_example(), self.eval_batch_size
+    shapes = compiled_steps.abstract_batch_of(batch, batch_size)
+    unused, rules = self.task.train_only_collections, self.sharding_rules
     return compiled_steps.build_evaluation(
-      self.task,
-      compiled_steps.abstract_batch_of(batch, batch_size),
-      mesh=self.mesh,
-      rules=self.sharding_rules,
-      left_out=self.task.train_only_collections,
+      self.task, shapes, mesh=self.mesh, rules=rules, left_out=unused
     )
 
 

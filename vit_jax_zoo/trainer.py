@@ -143,11 +143,10 @@ def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpoint
 
 def _check_evaluations(experiment: Experiment, program: EvaluationProgram) -> None:
   """Raises if files of an evaluation are missing, or its first example does not fit the model."""
-  batch_size = experiment.config.eval_batch_size or experiment.config.batch_size
   pairs = [(name, False) for name in experiment.eval_sources]
   for name, to_fit in [*pairs, *((name, True) for name in experiment.fit_sources)]:
     batches = experiment.eval_batches(name, to_fit=to_fit)
-    batch = compiled_steps.abstract_batch_of(batches.one_example(), batch_size)
+    batch = compiled_steps.abstract_batch_of(batches.one_example(), experiment.eval_batch_size)
     split = sharding.batch_sharding(experiment.mesh)  # without it, the evaluation would trace again
     batch = compiled_steps.abstract_like(batch, dict.fromkeys(batch, split))
     step = program.features_step if name in experiment.fit_sources else program.predict_step
@@ -263,7 +262,6 @@ def _loop_settings(experiment: Experiment, options: RunOptions, step: int) -> Lo
   if profile is not None and not step < profile[0] <= last:
     expected = f"expected steps of this run, {step + 1} to {last}"
     raise ValueError(f"--profile={profile[0]}:{profile[1]}: outside of the run; {expected}")
-  batch_size = config.eval_batch_size or config.batch_size
   sizes = map(len, (*experiment.eval_sources.values(), *experiment.fit_sources.values()))
   return LoopSettings(
     num_steps=last,
@@ -274,7 +272,7 @@ def _loop_settings(experiment: Experiment, options: RunOptions, step: int) -> Lo
     best=best_score_of(config, experiment.task),
     profile=profile,
     # So that evaluations, their figures and checkpoints cost less than training on few images.
-    min_interval=max(16, 3 * sum(math.ceil(size / batch_size) for size in sizes)),
+    min_interval=max(16, 3 * sum(math.ceil(size / experiment.eval_batch_size) for size in sizes)),
   )
 
 
