@@ -38,11 +38,10 @@ from ml_collections import ConfigDict
 from vit_jax_zoo import builder
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo.training import host, sharding
-from vit_jax_zoo.training.compiled_steps import Program
 from vit_jax_zoo.training.loop import Loop, LoopSettings, prefetch
 from vit_jax_zoo.training.metric_writer import MetricWriter, read_metrics
 from vit_jax_zoo.training.progress import Progress
-from vit_jax_zoo.training.train_step import TrainState
+from vit_jax_zoo.training.train_step import Program, TrainState
 
 ROOT = pathlib.Path(__file__).parent.parent
 PARTS = ("input_wait", "logging")

@@ -32,13 +32,13 @@ from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.registry import create_model, sharding_rules
 from vit_jax_zoo.tasks.classification import Classification
 from vit_jax_zoo.training import host, sharding
-from vit_jax_zoo.training.compiled_steps import (
+from vit_jax_zoo.training.progress import peak_flops
+from vit_jax_zoo.training.train_step import (
   Program,
   TrainingOptions,
   abstract_batch_of,
   build_program,
 )
-from vit_jax_zoo.training.progress import peak_flops
 
 OPTIMIZER = {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1, "clip_norm": 1.0}
 HEADER = (

@@ -26,9 +26,9 @@ from vit_jax_zoo.data import pipeline
 from vit_jax_zoo.data.sources.base import SlicedSource
 from vit_jax_zoo.tasks.classification import Classification
 from vit_jax_zoo.training.checkpoint import restore_variables
-from vit_jax_zoo.training.compiled_steps import TrainingOptions
 from vit_jax_zoo.training.evaluate import Report
 from vit_jax_zoo.training.metric_writer import read_metrics
+from vit_jax_zoo.training.train_step import TrainingOptions
 
 VIT = system_module("vit", "model")
 PACKAGE = pathlib.Path(vit_jax_zoo.__file__).parent

@@ -20,8 +20,8 @@ from vit_jax_zoo.registry import create_model, sharding_rules
 from vit_jax_zoo.run_metadata import RunData, fill_from_data, main_evaluation, needs_data
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import Task
-from vit_jax_zoo.training import compiled_steps, sharding
-from vit_jax_zoo.training.compiled_steps import TrainingOptions
+from vit_jax_zoo.training import sharding, train_step
+from vit_jax_zoo.training.train_step import TrainingOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,23 +100,23 @@ class Experiment:
       buckets=self.config.data.loader.get("buckets"),
     )
 
-  def program(self, batch: Mapping[str, np.ndarray]) -> compiled_steps.Program:
+  def program(self, batch: Mapping[str, np.ndarray]) -> train_step.Program:
     """Returns the compiled steps for batches with the shapes of this process's part `batch`."""
     config, rules = self.config, self.sharding_rules
-    shapes = compiled_steps.abstract_batch_of(batch, config.batch_size)
+    shapes = train_step.abstract_batch_of(batch, config.batch_size)
     lengths = self.num_steps, config.accumulation_steps
     options = TrainingOptions(config.optimizer.to_dict(), *lengths, config.ema_decay)
-    return compiled_steps.build_program(self.task, shapes, options, mesh=self.mesh, rules=rules)
+    return train_step.build_program(self.task, shapes, options, mesh=self.mesh, rules=rules)
 
-  def evaluation_program(self) -> compiled_steps.EvaluationProgram:
+  def evaluation_program(self) -> train_step.EvaluationProgram:
     """Returns the compiled steps of an evaluation, for the shapes of the default one's batches."""
     name = main_evaluation(self.config.data.eval.to_dict())
     if name is None:
       raise ValueError("data.eval: empty; expected an evaluation")
     batch, batch_size = self.eval_batches(name).one_example(), self.eval_batch_size
-    shapes = compiled_steps.abstract_batch_of(batch, batch_size)
+    shapes = train_step.abstract_batch_of(batch, batch_size)
     unused, rules = self.task.train_only_collections, self.sharding_rules
-    return compiled_steps.build_evaluation(
+    return train_step.build_evaluation(
       self.task, shapes, mesh=self.mesh, rules=rules, left_out=unused
     )
 

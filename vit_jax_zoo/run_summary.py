@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 from vit_jax_zoo.data.sources.base import Source
 from vit_jax_zoo.figures.classification import draw_class_balance
 from vit_jax_zoo.run_metadata import as_json
-from vit_jax_zoo.training.compiled_steps import Program
 from vit_jax_zoo.training.distributed import is_primary
 from vit_jax_zoo.training.lr_scaling import advise
 from vit_jax_zoo.training.metric_writer import MetricWriter
+from vit_jax_zoo.training.train_step import Program
 
 Counts: TypeAlias = Mapping[str, Integer[np.ndarray, " k"]]  # examples of each class, by split
 MAX_LISTED = 12  # of more classes, only the counts of the smallest and largest are logged

@@ -23,14 +23,13 @@ from vit_jax_zoo.errors import shorten
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.run_summary import log_summary
 from vit_jax_zoo.tasks.base import Task, Variables
-from vit_jax_zoo.training import checkpoint, compiled_steps, distributed, evaluate, loop, sharding
+from vit_jax_zoo.training import checkpoint, distributed, evaluate, loop, sharding, train_step
 from vit_jax_zoo.training.checkpoint import Checkpointer, is_checkpoint, restore_variables
-from vit_jax_zoo.training.compiled_steps import EvaluationProgram, Program
 from vit_jax_zoo.training.evaluate import Evaluation
 from vit_jax_zoo.training.loop import Loop, LoopSettings, Outcome
 from vit_jax_zoo.training.metric_writer import MetricWriter, save_figures
 from vit_jax_zoo.training.progress import Progress
-from vit_jax_zoo.training.train_step import TrainState
+from vit_jax_zoo.training.train_step import EvaluationProgram, Program, TrainState
 from vit_jax_zoo.training.workdir_lock import workdir_lock
 
 
@@ -146,9 +145,9 @@ def _check_evaluations(experiment: Experiment, program: EvaluationProgram) -> No
   pairs = [(name, False) for name in experiment.eval_sources]
   for name, to_fit in [*pairs, *((name, True) for name in experiment.fit_sources)]:
     batches = experiment.eval_batches(name, to_fit=to_fit)
-    batch = compiled_steps.abstract_batch_of(batches.one_example(), experiment.eval_batch_size)
+    batch = train_step.abstract_batch_of(batches.one_example(), experiment.eval_batch_size)
     split = sharding.batch_sharding(experiment.mesh)  # without it, the evaluation would trace again
-    batch = compiled_steps.abstract_like(batch, dict.fromkeys(batch, split))
+    batch = train_step.abstract_like(batch, dict.fromkeys(batch, split))
     step = program.features_step if name in experiment.fit_sources else program.predict_step
     try:
       jax.eval_shape(step, program.abstract_variables, batch)  # kept for the evaluation

@@ -20,7 +20,7 @@ from vit_jax_zoo.systems.ttsr.search import find_matches, transfer
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
 from vit_jax_zoo.training import host, sharding
-from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
+from vit_jax_zoo.training.train_step import TrainingOptions, abstract_batch_of, build_program
 from vit_jax_zoo.weights import Preprocess, Pretrained
 from vit_jax_zoo.weights.load import flatten_variables
 from vit_jax_zoo.weights.readers import write_safetensors

@@ -13,8 +13,8 @@ from tests.conftest import system_module
 from vit_jax_zoo import trainer
 from vit_jax_zoo.builder import build
 from vit_jax_zoo.config import load
-from vit_jax_zoo.training.compiled_steps import abstract_batch_of
 from vit_jax_zoo.training.lr_scaling import advise
+from vit_jax_zoo.training.train_step import abstract_batch_of
 
 system_module("detr")
 system_module("fpt")

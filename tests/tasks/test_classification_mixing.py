@@ -9,7 +9,7 @@ from tests.tasks.test_classification import make_context
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.classification import Classification, mix_examples
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
+from vit_jax_zoo.training.train_step import TrainingOptions, abstract_batch_of, build_program
 
 ALL_ROWS = np.ones(6, bool)
 

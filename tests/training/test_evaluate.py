@@ -9,9 +9,9 @@ import pytest
 
 from tests.training import toy
 from vit_jax_zoo.metrics.feature_probes import create_probe
-from vit_jax_zoo.training.compiled_steps import abstract_batch_of, build_evaluation
 from vit_jax_zoo.training.evaluate import collect_features, probe_features
 from vit_jax_zoo.training.sharding import create_mesh
+from vit_jax_zoo.training.train_step import abstract_batch_of, build_evaluation
 
 ROWS, BATCH = 90, 40
 

@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from tests.training import toy
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.checkpoint import Checkpointer, restore_variables
-from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
 from vit_jax_zoo.training.evaluate import score_predictions
 from vit_jax_zoo.training.loop import (
   EvaluationError,
@@ -33,6 +32,7 @@ from vit_jax_zoo.training.loop import (
 )
 from vit_jax_zoo.training.metric_writer import MetricWriter, read_metrics
 from vit_jax_zoo.training.progress import Progress
+from vit_jax_zoo.training.train_step import TrainingOptions, abstract_batch_of, build_program
 
 SETTINGS = LoopSettings(
   num_steps=12, log_every=3, eval_every=4, checkpoint_every=5, best="held_out/score"

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from tests.training import toy
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
+from vit_jax_zoo.training.train_step import TrainingOptions, abstract_batch_of, build_program
 
 ADAMW = {"name": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1, "clip_norm": 1.0}
 

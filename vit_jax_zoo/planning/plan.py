@@ -27,8 +27,8 @@ from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.planning import hlo
 from vit_jax_zoo.planning.hardware import Chip, Machine
 from vit_jax_zoo.tasks.base import LossContext, OptimGroup
-from vit_jax_zoo.training.compiled_steps import Program
 from vit_jax_zoo.training.sharding import ShardingRuleError, batch_ways
+from vit_jax_zoo.training.train_step import Program
 
 SECONDS_PER_DAY = 86_400
 

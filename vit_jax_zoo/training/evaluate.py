@@ -19,9 +19,8 @@ from vit_jax_zoo.metrics.base import real_rows
 from vit_jax_zoo.metrics.feature_probes import FeatureProbe, FeatureScore, Labelled
 from vit_jax_zoo.tasks.base import Variables
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.compiled_steps import EvaluationProgram
 from vit_jax_zoo.training.distributed import all_gather_objects, is_primary
-from vit_jax_zoo.training.train_step import PredictStep
+from vit_jax_zoo.training.train_step import EvaluationProgram, PredictStep
 
 T = TypeVar("T")
 

@@ -1,21 +1,31 @@
-"""The train state, and the training step of tasks with one optimizer, for the whole batch."""
+"""Train state, training step of tasks with one optimizer, and the compiled steps of a run.
+
+Programs are built from shapes: the devices of the mesh need not exist.
+"""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from flax import struct
-from jax.sharding import PartitionSpec
+from flax import struct, traverse_util
+from jax.sharding import Mesh, PartitionSpec
 
 from vit_jax_zoo.ops.sharding import BATCH_AXES
 from vit_jax_zoo.tasks.base import Batch, LossContext, Mean, Predictions, Task, Variables
-from vit_jax_zoo.training.optim import Optimizer
+from vit_jax_zoo.training import sharding
+from vit_jax_zoo.training.distributed import check_equal_arrays
+from vit_jax_zoo.training.optim import Optimizer, create_optimizer
+from vit_jax_zoo.training.sharding import Rules
 
 Metrics: TypeAlias = dict[str, Mean]
 PredictStep: TypeAlias = Callable[[Variables, Batch], Predictions]
+# Random variables, which may be donated then, to initial ones of the same names and shapes.
+Pretrain: TypeAlias = Callable[[Variables], Variables]
 
 
 @struct.dataclass
@@ -158,3 +168,181 @@ def update_ema(state: TrainState, decay: float | None) -> TrainState:
     return jnp.where(latest == past, latest, past + (1.0 - decay) * (latest - past))
 
   return dataclasses.replace(state, ema=jax.tree.map(average, state.ema, state.latest_variables))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationProgram:
+  """The jitted steps of evaluations, with shapes, dtypes and shardings of their arguments."""
+
+  task: Task
+  mesh: Mesh
+  left_out: tuple[str, ...]  # sub-trees that are not created: `task.train_only_collections`
+  init: Callable[[jax.Array], Variables]  # jitted, so that it is traced once
+  abstract_batch: Batch  # the global batch for which variables are initialised
+  abstract_variables: Variables
+  predict_step: PredictStep
+  features_step: PredictStep
+  explain_step: PredictStep  # with replicated results
+
+  def initial_variables(self, seed: int, pretrain: Pretrain | None = None) -> Variables:
+    """Returns the variables before the first step, each device with its own shards."""
+    abstract = self.abstract_variables
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    init = jax.jit(self.init, out_shardings=shardings)
+    variables = init(jax.random.split(jax.random.key(seed))[0])
+    if pretrain is None:
+      return variables
+    loaded = pretrain(variables)
+    check_equal_arrays(loaded)  # before sharding, after which processes may have different parts
+    return jax.tree.map(_place, abstract, variables, loaded)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program(EvaluationProgram):
+  """The steps of a training run; `train_step` donates its state."""
+
+  optimizers: tuple[Optimizer, ...]  # one for each of the task's `optim_groups`
+  abstract_state: TrainState
+  train_step: Any
+
+  @property
+  def schedules(self) -> dict[str, Callable[[int], Any]]:
+    """The learning rates as functions of the step, by the name of their metric."""
+    return {
+      f"{group.name}_learning_rate" if group.name else "learning_rate": optimizer.schedule
+      for group, optimizer in zip(self.task.optim_groups, self.optimizers, strict=True)
+    }
+
+  def initial_state(self, seed: int, pretrain: Pretrain | None = None) -> TrainState:
+    """Returns the state before the first step; see `initial_variables`."""
+    variables = self.initial_variables(seed, pretrain)
+    train_rng = jax.random.split(jax.random.key(seed))[1]
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+    with_ema = self.abstract_state.ema is not None
+    create = functools.partial(create_state, self.task, self.optimizers, with_ema=with_ema)
+    return jax.jit(create, out_shardings=shardings, donate_argnums=0)(variables, train_rng)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+  """Optimizer, schedule, accumulation and EMA of a training run; see `make_train_step`."""
+
+  optimizer: Mapping[str, Any]  # see `create_optimizer`; or by name of the optimizer group
+  num_steps: int  # the length that the schedules span
+  accumulation_steps: int = 1
+  ema_decay: float | None = None
+
+
+def build_program(
+  task: Task, abstract_batch: Batch, options: TrainingOptions, *, mesh: Mesh, rules: Rules
+) -> Program:
+  """Returns the steps of a training run, for a global batch of this shape, or raises ValueError."""
+  batch_size = jax.tree.leaves(abstract_batch)[0].shape[0]
+  sharding.check_batch_size(batch_size, mesh, options.accumulation_steps)
+  evaluation = build_evaluation(task, abstract_batch, mesh=mesh, rules=rules)
+  abstract = evaluation.abstract_variables
+  optimizers = tuple(
+    create_optimizer(
+      options.optimizer if group.name is None else options.optimizer[group.name],
+      group.select(abstract["params"]),
+      options.num_steps,
+      begin_step=group.begin_step,
+      updates=group.updates,
+    )
+    for group in task.optim_groups
+  )
+  create = functools.partial(create_state, task, optimizers, with_ema=options.ema_decay is not None)
+  abstract_state = jax.eval_shape(create, abstract, jax.random.key(0))
+  shardings = state_shardings(abstract_state, rules, mesh)
+  split = sharding.batch_sharding(mesh)
+  arguments = {"accumulation_steps": options.accumulation_steps, "ema_decay": options.ema_decay}
+  train_step = task.make_train_step(optimizers, **arguments)
+  if train_step is None:
+    train_step = make_train_step(task, optimizers[0], **arguments)
+  return Program(
+    **vars(evaluation),
+    optimizers=optimizers,
+    abstract_state=abstract_like(abstract_state, shardings),
+    train_step=jax.jit(
+      train_step,
+      in_shardings=(shardings, split),
+      out_shardings=(shardings, sharding.replicated(mesh)),
+      donate_argnums=0,
+    ),
+  )
+
+
+def build_evaluation(
+  task: Task, abstract_batch: Batch, *, mesh: Mesh, rules: Rules, left_out: tuple[str, ...] = ()
+) -> EvaluationProgram:
+  """Returns the steps of evaluations, for a global batch of training or of an evaluation."""
+  init = jax.jit(lambda rng: _init(task, rng, abstract_batch, left_out))
+  key = jax.random.key(0)  # not on the mesh, whose devices may be simulated
+  with jax.set_mesh(mesh):
+    abstract = jax.eval_shape(init, key)
+  specs = jax.tree.map(lambda _: PartitionSpec(), dict(abstract))
+  specs["params"] = sharding.parameter_specs(abstract["params"], rules, mesh)
+  variables = sharding.named_shardings(specs, mesh)
+  split, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  return EvaluationProgram(
+    task=task,
+    mesh=mesh,
+    left_out=left_out,
+    init=init,
+    abstract_batch=abstract_like(dict(abstract_batch), dict.fromkeys(abstract_batch, split)),
+    abstract_variables=abstract_like(abstract, variables),
+    predict_step=compile_predict_step(task.predict, variables, mesh),
+    features_step=compile_predict_step(task.features, variables, mesh),
+    explain_step=jax.jit(task.explain, in_shardings=(variables, split), out_shardings=replicated),
+  )
+
+
+def compile_predict_step(predict_step: PredictStep, shardings: Any, mesh: Mesh) -> PredictStep:
+  """Compiles a predict step: variables with `shardings`, batches and predictions by example."""
+  split = sharding.batch_sharding(mesh)
+  return jax.jit(predict_step, in_shardings=(shardings, split), out_shardings=split)
+
+
+def _init(task: Task, rng: jax.Array, abstract_batch: Batch, left_out: Sequence[str]) -> Variables:
+  zeros = {key: jnp.zeros(leaf.shape, leaf.dtype) for key, leaf in abstract_batch.items()}
+  variables = task.init(rng, zeros)
+  if not left_out:
+    return variables
+  flat = traverse_util.flatten_dict(dict(variables), sep="/")
+  left = tuple(f"{part}/" for part in left_out)
+  kept = {path: leaf for path, leaf in flat.items() if not path.startswith(left)}
+  return traverse_util.unflatten_dict(kept, sep="/")
+
+
+def state_shardings(abstract_state: TrainState, rules: Rules, mesh: Mesh) -> TrainState:
+  """Returns the sharding of every array of a state."""
+  params, replicated = abstract_state.params, PartitionSpec()
+  specs = sharding.parameter_specs(params, rules, mesh)
+  model_state = jax.tree.map(lambda _: replicated, abstract_state.model_state)
+  opt_state = sharding.specs_like_parameters(abstract_state.opt_state, params, specs)
+  ema = None if abstract_state.ema is None else {"params": specs, **model_state}
+  tree = TrainState(replicated, specs, model_state, opt_state, ema, replicated)
+  return sharding.named_shardings(tree, mesh)
+
+
+def abstract_like(tree: Any, shardings: Any) -> Any:
+  """Returns shapes and dtypes of `tree` with their shardings: the target of a restore."""
+  return jax.tree.map(
+    lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings
+  )
+
+
+def abstract_batch_of(batch: Mapping[str, Any], batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of a global batch, from a process's part of it."""
+  return {k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for k, v in batch.items()}
+
+
+def _place(target: jax.ShapeDtypeStruct, fresh: jax.Array, value: Any) -> jax.Array:
+  if value is fresh:
+    return fresh
+  if np.shape(value) != target.shape:
+    raise ValueError(f"initial variable: shape {np.shape(value)}; expected {target.shape}")
+  if isinstance(value, jax.Array):  # a copy: the state is donated
+    return jax.device_put(value.astype(target.dtype), target.sharding, may_alias=False)
+  array = np.asarray(value, target.dtype)
+  return jax.make_array_from_callback(array.shape, target.sharding, lambda index: array[index])

@@ -16,8 +16,8 @@ from vit_jax_zoo.inference.base import Trained
 from vit_jax_zoo.metrics.feature_probes import Labelled
 from vit_jax_zoo.tasks.base import Task
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.compiled_steps import compile_predict_step
 from vit_jax_zoo.training.evaluate import collect_features, predict_batches
+from vit_jax_zoo.training.train_step import compile_predict_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from vit_jax_zoo.systems.ttsr.task import SuperResolution, exchange_references, 
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
+from vit_jax_zoo.training.train_step import TrainingOptions, abstract_batch_of, build_program
 
 # --- losses ------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from vit_jax_zoo.systems.ttsr.task import make_train_step
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.base import LossOutput, Mean, OptimGroup, Task
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
+from vit_jax_zoo.training.train_step import TrainingOptions, abstract_batch_of, build_program
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,12 @@ from vit_jax_zoo.systems.ttsr.model import SHARDING_RULES
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
 from vit_jax_zoo.systems.ttsr.weights import TABLE
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
-from vit_jax_zoo.training.train_step import create_state
+from vit_jax_zoo.training.train_step import (
+  TrainingOptions,
+  abstract_batch_of,
+  build_program,
+  create_state,
+)
 from vit_jax_zoo.weights import key_map
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("optimized")]

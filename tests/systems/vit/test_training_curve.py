@@ -14,7 +14,7 @@ from vit_jax_zoo.registry import sharding_rules
 from vit_jax_zoo.systems.vit import weights_timm as vit_timm
 from vit_jax_zoo.tasks.classification import Classification
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
+from vit_jax_zoo.training.train_step import TrainingOptions, abstract_batch_of, build_program
 
 WEIGHTS = golden_folder("vit_timm_a") / "weights.safetensors"
 
