@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from vit_jax_zoo.data import prepare
-from vit_jax_zoo.data.sources import load_source, tfrecord
+from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.sources.tfds import TFRecordFiles, read_records
 
 
 def contents(source):
@@ -31,7 +32,7 @@ class TestTFRecord:
     for name, records in (("a", [b"one", b"", b"three"]), ("b", [b"four"])):
       framed = (len(r).to_bytes(8, "little") + b"crc." + r + b"crc." for r in records)
       (tmp_path / name).write_bytes(b"".join(framed))
-    files = tfrecord.TFRecordFiles([str(tmp_path / "a"), str(tmp_path / "b")], [3, 1], bytes.decode)
+    files = TFRecordFiles([str(tmp_path / "a"), str(tmp_path / "b")], [3, 1], bytes.decode)
     assert [files[i] for i in (3, 1, 0, 2)] == ["four", "", "one", "three"]
     assert len(files) == 4
 
@@ -39,9 +40,9 @@ class TestTFRecord:
     path = tmp_path / "short"
     path.write_bytes((3).to_bytes(8, "little") + b"crc." + b"one" + b"crc." + b"\5\0\0")
     with pytest.raises(ValueError, match="at byte 22"):
-      list(tfrecord.read_records(str(path)))
+      list(read_records(str(path)))
     with pytest.raises(ValueError, match=r"1 whole records, expected 2"):
-      tfrecord.TFRecordFiles([str(path)], [2], bytes.decode)[0]
+      TFRecordFiles([str(path)], [2], bytes.decode)[0]
 
 
 class TestConvert:

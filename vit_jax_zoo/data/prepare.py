@@ -27,7 +27,7 @@ import rich.progress
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
-from vit_jax_zoo.data.sources import folder, tfrecord
+from vit_jax_zoo.data.sources import folder
 from vit_jax_zoo.data.sources import tfds as tfds_source
 from vit_jax_zoo.errors import one_line
 
@@ -121,7 +121,7 @@ def _convert_shard(shard: pathlib.Path, new: pathlib.Path) -> None:
   unfinished = new.with_name(new.name + ".part")
   # group_size:1, as TFDS: records are compressed one by one.
   writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
-  for record in tfrecord.read_records(str(shard)):
+  for record in tfds_source.read_records(str(shard)):
     writer.write(record)
   writer.close()
   os.rename(unfinished, new)
@@ -154,8 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   if not given.dataset and not given.from_tfrecord:
     parser.error("set --dataset=imagenet2012 or --from_tfrecord=<prepared folder>")
   for flag in ("data_dir", "from_tfrecord", "from_folder"):
-    if tfds_source.is_remote(getattr(given, flag) or ""):
-      value = getattr(given, flag)
+    if "://" in (value := getattr(given, flag) or ""):
       parser.error(f"--{flag}={value} is not on a local disk; prepare on one, and copy")
   data_dir = pathlib.Path(given.data_dir).expanduser()
   try:

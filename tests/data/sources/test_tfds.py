@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from etils import epath
 
 from tests.data.images import encode, photo
@@ -97,7 +98,8 @@ def test_epath_keeps_bucket_slashes():
 
 
 def test_remote_tfrecord_raises(prepared_as_tfrecord, monkeypatch):
-  monkeypatch.setattr(tfds_source, "is_remote", lambda path: ".tfrecord" in path)
+  files = property(lambda _: [epath.Path("gs://bucket/tiny.tfrecord")])
+  monkeypatch.setattr(tfds.core.SplitInfo, "filepaths", files)
   with pytest.raises(ValueError, match="read by index") as error:
     load_source("tfds:tiny", "train", data_dir=str(prepared_as_tfrecord))
   assert "\n" not in str(error.value)

@@ -1,29 +1,31 @@
-"""Datasets prepared by TFDS, read without TensorFlow.
+"""Datasets of TFDS, read and written without TensorFlow.
 
 ArrayRecord folders are read with TFDS's data source; TFRecord files, which TFDS reads only in order
-and with TensorFlow, with `data/sources/tfrecord.py`. Images stay encoded: the pipeline decodes the
-part that it needs.
+and with TensorFlow, with `TFRecordFiles`. Images stay encoded: the pipeline decodes the part that
+it needs.
 
 Folders are local or `gs://bucket/...`: listing them needs the package gcsfs, and array_record opens
 `gs://` natively. Tested with a local replacement, not with a bucket. TFRecord files must be local.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import os
 import pathlib
 import re
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
 from vit_jax_zoo.data import images
-from vit_jax_zoo.data.sources import tfrecord
 from vit_jax_zoo.data.sources.base import DatasetInfo, Example, Source, Splits, name_validation
 from vit_jax_zoo.data.sources.coco import coco_ids, names_by_id
 from vit_jax_zoo.data.transforms.detection import objects_example
@@ -71,7 +73,7 @@ def open_splits(
   cannot be read by index.
   """
   is_path = location.startswith((os.sep, "~", ".")) or os.path.isabs(location)
-  folder = at_path(location) if is_path or is_remote(location) else _find(location, data_dir)
+  folder = at_path(location) if is_path or "://" in location else _find(location, data_dir)
   keys = (image_key, label_key)
   return open_folder(folder, f"tfds:{location}", keys, derived_labels, panoptic=panoptic)
 
@@ -120,13 +122,13 @@ def _open_split(
   info = builder.info.splits[split]
   if str(builder.info.file_format.value) == "tfrecord":
     files = [str(path) for path in info.filepaths]
-    if is_remote(files[0]):
+    if "://" in files[0]:
       raise ValueError(
         f"{whole.name}: TFRecord files can be read by index only from a local disk; copy them "
         "there and convert them with python -m vit_jax_zoo.data.prepare --from_tfrecord"
       )
     decode = functools.partial(builder.info.features.deserialize_example_np, decoders=decoders)
-    records = tfrecord.TFRecordFiles(files, info.shard_lengths, decode)
+    records = TFRecordFiles(files, info.shard_lengths, decode)
   else:
     records = builder.as_data_source(split, decoders=decoders)
   one = dataclasses.replace(whole, name=f"{whole.name} {split}", num_examples=info.num_examples)
@@ -144,47 +146,30 @@ def _labelled_example(record: Record, _: int, *, image_key: str, label_key: str 
   return example
 
 
-@dataclasses.dataclass(frozen=True)
-class LabelRule:
+class LabelRule(NamedTuple):
   """Label derived from the annotations of a record: VTAB's structured tasks.
 
   As in google-research/task_adaptation, for Zhai et al., "A Large-scale Study of Representation
   Learning with the Visual Task Adaptation Benchmark" (arXiv:1910.04867).
   """
 
-  keys: tuple[str, ...]  # features that it reads
+  key: str  # feature that it reads
   num_classes: int
-  label: Callable[[Record], int]  # of a record
+  label: Callable[[Any], int]  # of the feature's value
   image_scale: int = 1  # factor of the pixels; dSprites are stored as 0 and 1
 
 
-def count_objects(record: Record) -> int:
-  """CLEVR: number of objects, 3 to 10, as 0 to 7."""
-  return len(record["objects"]["size"]) - 3
-
-
-def nearest_object(record: Record) -> int:
+def nearest_object(objects: Record) -> int:
   """CLEVR: interval of the distance to the nearest object."""
-  distances = np.asarray(record["objects"]["pixel_coords"], np.float64).reshape(-1, 3)[:, 2]
+  distances = np.asarray(objects["pixel_coords"], np.float64).reshape(-1, 3)[:, 2]
   return _interval(distances.min(), (0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0))
 
 
-def nearest_vehicle(record: Record) -> int:
+def nearest_vehicle(objects: Record) -> int:
   """KITTI: interval of the distance ahead, in metres, to the nearest car, van or truck, or none."""
-  objects = record["objects"]
   ahead = np.asarray(objects["location"], np.float64).reshape(-1, 3)[:, 2]
   vehicles = np.asarray(objects["type"], np.int64).reshape(-1) < 3  # Car, Van, Truck come first
   return _interval(min([1000.0, *ahead[vehicles].tolist()]), (-100.0, 8.0, 20.0, 999.0))
-
-
-def x_position(record: Record) -> int:
-  """DSprites: x position, 32 columns in 16 groups."""
-  return int(record["label_x_position"]) // 2
-
-
-def orientation(record: Record) -> int:
-  """DSprites: orientation, 40 in 16 groups of two or three."""
-  return int(int(record["label_orientation"]) / 2.5)
 
 
 def _interval(value: float, starts: tuple[float, ...]) -> int:
@@ -192,11 +177,12 @@ def _interval(value: float, starts: tuple[float, ...]) -> int:
 
 
 RULES = {
-  "clevr_count": LabelRule(("objects",), 8, count_objects),
-  "clevr_distance": LabelRule(("objects",), 6, nearest_object),
-  "kitti_distance": LabelRule(("objects",), 4, nearest_vehicle),
-  "dsprites_x_position": LabelRule(("label_x_position",), 16, x_position, image_scale=255),
-  "dsprites_orientation": LabelRule(("label_orientation",), 16, orientation, image_scale=255),
+  "clevr_count": LabelRule("objects", 8, lambda objects: len(objects["size"]) - 3),
+  "clevr_distance": LabelRule("objects", 6, nearest_object),
+  "kitti_distance": LabelRule("objects", 4, nearest_vehicle),
+  # 32 columns, and 40 orientations, in 16 groups.
+  "dsprites_x_position": LabelRule("label_x_position", 16, lambda x: int(x) // 2, 255),
+  "dsprites_orientation": LabelRule("label_orientation", 16, lambda i: int(int(i) / 2.5), 255),
 }
 
 
@@ -209,18 +195,17 @@ def _derived(
   check_names("derived_labels", [derived_labels], RULES)
   rule = RULES[derived_labels]
   image_key, _ = _keys(features, name, image_key, None)
-  for key in rule.keys:
-    if key not in features:
-      raise ValueError(f"{name} has no feature {key!r}; {derived_labels=} reads it")
-  make = functools.partial(_derived_example, image_key=image_key, rule=rule)
+  if rule.key not in features:
+    raise ValueError(f"{name} has no feature {rule.key!r}; {derived_labels=} reads it")
+  make = functools.partial(_derived_example, image_key=image_key, rule=derived_labels)
   return DatasetInfo(name, 0, rule.num_classes), _images(features), make
 
 
-def _derived_example(record: Record, _: int, *, image_key: str, rule: LabelRule) -> Example:
-  image = record[image_key]
-  if rule.image_scale != 1:
-    image = images.decode_image(image) * np.uint8(rule.image_scale)
-  return {"image": image, "label": rule.label(record)}
+def _derived_example(record: Record, _: int, *, image_key: str, rule: str) -> Example:
+  image, (key, _, label, image_scale) = record[image_key], RULES[rule]
+  if image_scale != 1:
+    image = images.decode_image(image) * np.uint8(image_scale)
+  return {"image": image, "label": label(record[key])}
 
 
 def _label_maps(features: Any, image: str | None, label: str | None) -> tuple[str, str] | None:
@@ -322,31 +307,25 @@ def quiet_progress() -> Iterator[None]:
     tfds.enable_progress_bar()
 
 
-class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  VERSION = tfds.core.Version("1.0.0")
-
-  def __init__(self, splits: RecordSplits, metadata: Record, **options: Any) -> None:
-    self._splits, self._metadata = splits, metadata
-    super().__init__(**options)
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(builder=self, **self._metadata)
-
-  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-    del dl_manager
-    return {split: self._generate_examples(records) for split, records in self._splits.items()}
-
-  def _generate_examples(self, records: Iterable[Record]) -> Iterator[tuple[int, Record]]:
-    yield from enumerate(records)
+class _Writer(tfds.dataset_builders.AdhocBuilder, skip_registration=True):
+  def _split_generators(self, dl_manager: Any) -> dict[Any, Any]:
+    del dl_manager  # AdhocBuilder's own method imports TensorFlow
+    return {split: enumerate(records) for split, records in self._split_datasets.items()}
 
 
 def write_dataset(
   name: str, features: Record, splits: RecordSplits, data_dir: str | os.PathLike, *, shuffle: bool
 ) -> pathlib.Path:
   """Writes records as ArrayRecord, without TensorFlow; returns the dataset's folder."""
-  builder_class = type(name, (_Writer,), {"name": name}, skip_registration=True)
-  metadata = dict(features=tfds.features.FeaturesDict(features), disable_shuffling=not shuffle)
-  builder = builder_class(splits, metadata, data_dir=data_dir, file_format="array_record")
+  builder = _Writer(
+    name=name,
+    version="1.0.0",
+    features=tfds.features.FeaturesDict(features),
+    split_datasets=splits,
+    data_dir=data_dir,
+    file_format="array_record",
+    disable_shuffling=not shuffle,
+  )
   with quiet_progress():
     builder.download_and_prepare()
   return pathlib.Path(builder.data_dir)
@@ -355,11 +334,6 @@ def write_dataset(
 def default_data_dir() -> epath.Path:
   """Returns TFDS's default folder of datasets."""
   return epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
-
-
-def is_remote(location: str) -> bool:
-  """Returns whether a path has a file system: `gs://bucket/folder`."""
-  return "://" in location
 
 
 def at_path(location: str) -> epath.Path:
@@ -382,7 +356,7 @@ def _find(location: str, data_dir: str | None) -> epath.Path:
     if folder.name == version:
       return folder
   available = f" (available: {', '.join(f.name for f in versions)})" if versions else ""
-  target = "... locally and copy the result" if is_remote(str(root)) else root
+  target = "... locally and copy the result" if "://" in str(root) else root
   raise FileNotFoundError(
     f"tfds:{location} is not prepared in {root}{available}; run python -m vit_jax_zoo.data.prepare "
     f"--dataset={location} --data_dir={target}, or use demo:digits, which needs no data"
@@ -397,3 +371,63 @@ def _versions(folder: epath.Path) -> list[epath.Path]:
     return versions
   configs = [f for f in folder.iterdir() if f.is_dir() and _versions(f)]
   return _versions(configs[0]) if len(configs) == 1 else []
+
+
+_HEADER, _FOOTER = 12, 4
+
+
+class TFRecordFiles:
+  """Records of TFRecord files by index; each file is indexed at its first access.
+
+  A file is a sequence of records: uint64 length, uint32 CRC of the length, data, uint32 CRC of the
+  data, all little-endian (tensorflow/core/lib/io/record_writer.h).
+  """
+
+  def __init__(
+    self, files: Sequence[str], lengths: Sequence[int], decode: Callable[[bytes], Any]
+  ) -> None:
+    self._files, self._decode = list(files), decode
+    self._ends = list(itertools.accumulate(lengths))
+    self._indices: dict[str, np.ndarray] = {}
+
+  def __len__(self) -> int:
+    return self._ends[-1]
+
+  def __getitem__(self, index: int) -> Any:
+    shard = bisect.bisect_right(self._ends, index)
+    first, path = (0, *self._ends)[shard], self._files[shard]
+    if path not in self._indices:
+      found = np.array(list(_index(path)), np.int64).reshape(-1, 2)
+      if len(found) != self._ends[shard] - first:
+        problem = f"{path} has {len(found)} whole records, expected {self._ends[shard] - first}"
+        raise ValueError(f"{problem} by dataset_info.json; copy the file of this version again")
+      self._indices[path] = found
+    start, length = self._indices[path][index - first]
+    with open(path, "rb") as file:
+      file.seek(start)
+      return self._decode(file.read(length))
+
+
+def read_records(path: str) -> Iterator[bytes]:
+  """Yields the records of a file in order; ValueError if it ends in the middle of one."""
+  end = 0
+  with open(path, "rb") as file:
+    for start, length in _index(path):
+      file.seek(start)
+      yield file.read(length)
+      end = start + length + _FOOTER
+  if end != os.path.getsize(path):
+    raise ValueError(f"{path} ends in the middle of a record, at byte {os.path.getsize(path)}")
+
+
+def _index(path: str) -> Iterator[tuple[int, int]]:
+  """Yields (offset, length) of the data of every whole record."""
+  size, start = os.path.getsize(path), _HEADER
+  with open(path, "rb") as file:
+    while start + _FOOTER <= size:
+      file.seek(start - _HEADER)
+      (length,) = struct.unpack("<Q", file.read(8))
+      if start + length + _FOOTER > size:
+        return
+      yield start, length
+      start += length + _FOOTER + _HEADER
