@@ -1,16 +1,4 @@
-"""Sources of examples by name: `kind:location`, and a split.
-
-    demo:digits demo:photos       images that ship with Python packages: no files needed
-    demo:scenes demo:shapes       digits or shapes in front of textures: boxes, masks, stuff
-    folder:/path                  a folder for each class
-    csv:/path/labels.csv          a table of image files and labels
-    coco:/path                    images with boxes, masks or segments in COCO's format
-    segmentation:/path            images with label maps, a class for every pixel
-    pairs:/path                   images with references, for super-resolution
-    hf:/path hf:user/name         a dataset of Hugging Face's `datasets`
-    wds:/path/train-{000..146}.tar   shards of WebDataset
-    tfds:imagenet2012             a dataset prepared by `vit_jax_zoo.data.prepare`
-    tfds:/path/to/prepared/1.0.0  the same by its folder; gs://bucket/... works as well
+"""Sources of examples by name: `kind:location`, and a split; docs/guides/data.md lists the kinds.
 
 A kind is a module with `open_splits(location, **options)`.
 """

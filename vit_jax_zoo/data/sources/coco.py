@@ -1,8 +1,4 @@
-"""Your own images with boxes, outlines or segments, in COCO's format.
-
-    annotations/instances_train2017.json  train2017/*.jpg  (or images/train2017/*.jpg)
-    annotations/panoptic_train2017.json   annotations/panoptic_train2017/*.png    panoptic=True
-    train/_annotations.coco.json          train/*.jpg      (Roboflow's)
+"""Your own images with boxes, outlines or segments, in COCO's format or Roboflow's layout of it.
 
 The splits are called `train` and `val`, without the year, and by their whole names, `train2017`.
 `data/sources/coco_file.py` checks the whole annotation file first.

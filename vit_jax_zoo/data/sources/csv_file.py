@@ -1,17 +1,7 @@
-"""Image classification from tables of image files and labels.
+"""Image classification from tables of image files and labels: docs/guides/data.md.
 
-    path,label            path,label                 path,cat,dog            path,label,split
-    a.jpg,cat             a.jpg,cat|dog              a.jpg,1,1               a.jpg,cat,train
-    b/c.jpg,dog           b/c.jpg,                   b/c.jpg,0,0             b/c.jpg,dog,test
-
-Paths are relative to the file. Labels separated by `|`, or a column of 0 and 1 for each class, give
-an image any number of classes, for a sigmoid loss with the transform `multi_hot`. Labels that are
-all integers are class ids; others are names, in sorted order or that of `class_names` or the
-columns. The delimiter is a comma, semicolon or tab; the text UTF-8.
-
-The location is a file, or a folder with `train.csv` and `test.csv` or `val.csv`, or `.tsv`. Without
-a test or validation set the examples are split by a hash of their paths, in whose order they are,
-and all names of splits are those of `folder:`.
+Labels separated by `|`, or a column of 0 and 1 for each class, give an image any number of classes,
+for a sigmoid loss with the transform `multi_hot`. Examples are in the order of a hash of their paths.
 """
 
 import csv

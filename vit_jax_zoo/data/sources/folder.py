@@ -1,20 +1,9 @@
 """Image classification from your own images: a folder for each class.
 
-    flowers/daisy/01.jpg  flowers/rose/17.png                    split by a hash of the file name
-    flowers/train/daisy/01.jpg  flowers/test/rose/17.png         split by folder
-
-Split folders are `train` or `training`, `test` or `testing`, `val`, `valid`, `validation`, `dev` or
-`eval`, in any case, also `train_set`, `train-data`, `train images`, `seg_train`, `train2017`.
-`val`, `valid` and `validation` are aliases of the one that exists; with only a test set or only a
-validation set, all four names are aliases of it. Class names are normalised (NFC).
-
-Without split folders, 10 % of the images, and one or more of each class of two or more, are `test`
-and the rest `train`, by a hash of each file's path below the root: the same on every machine, and
-stable when files are added. `all` is both; `val`, `valid` and `validation` are `test`. Examples are
-in the order of the hash, so that any slice mixes the classes.
-
-To choose a model or checkpoint, `train` is split further by the hash: `fit` to train on, and
-`choose`, a tenth. With folders for training, validation and test they are the first two.
+docs/guides/classification.md shows the layouts, docs/guides/data.md the names of splits. Parts are
+held out by a hash of each file's path below the root: the same on every machine, and stable when
+files are added. Examples are in the order of the hash, so that any slice mixes the classes. Class
+names are normalised (NFC).
 """
 
 import copy

@@ -1,9 +1,6 @@
 """Datasets of the package `datasets`: a local folder, or a name on Hugging Face's hub.
 
-    hf:/path          written by `save_to_disk`, or a folder of parquet or arrow files
-    hf:user/name      downloaded to the cache of `datasets`; no code of the hub is run
-
-The columns determine the kind of the examples:
+No code of the hub is run. The columns determine the kind of the examples:
 
     image, label                        classification: a ClassLabel, an integer, a text, a list of
                                         them for several labels an image, or no label
@@ -11,8 +8,7 @@ The columns determine the kind of the examples:
                                         `class_names`; optional: area, iscrowd
     image, annotation (mask, label)     segmentation: an image of class ids
 
-Rows keep their order. Without a test or validation split, a tenth of `train` is `test`, by a hash
-of the row's number; `fit` and `choose` are as in `folder:`.
+Rows keep their order; the names of splits are in docs/guides/data.md.
 """
 
 import copy

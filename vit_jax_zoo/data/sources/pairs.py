@@ -1,21 +1,9 @@
 """Images with references for super-resolution: own pairs, and the published datasets.
 
-    input/a.jpg input/b.png  ref/a.jpg ref/b/1.jpg ref/b/2.jpg     own: one reference or several
-    train/input train/ref  test/input test/ref                     own, split by folders
-    train/input train/ref  test/CUFED5/000_0.png ... 000_5.png     CUFED and CUFED5
-    Sun_Hays_SR_groundtruth/a.jpg Sun_Hays_SR_scenematches/a.jpg/  Sun80
-    image_SRF_4/img_001_SRF_4_HR.png ...                           Urban100
-    ARMS.png ...                                                   Manga109, any folder of images
-
-The reference of an image is the file, or the folder of files, of its full name, else of its name
-without suffix. Two of them, and one of two images, are refused. Names are compared after Unicode
-normalisation (NFC). Own images without `train/` are split by a hash of their names, as `folder:`;
-the published test sets have only the split `test`. The option `reference` chooses:
-
-    "1" ... "5"   the reference of this number, in the order of names; in CUFED5 "1" is most similar
-    "random"      one of them, fixed for a file name; the authors' protocol for Sun80
-    "all"         all, stitched by a transform
-    "self"        the low-resolution image itself; the authors' protocol for Urban100 and Manga109
+docs/guides/super_resolution.md shows the layouts. The reference of an image is the file, or the
+folder of files, of its full name, else of its name without suffix. Two of them, and one of two
+images, are refused. Names are compared after Unicode normalisation (NFC). The published test sets
+have only the split `test`.
 """
 
 import functools
@@ -30,7 +18,10 @@ from vit_jax_zoo.data.sources.base import composed
 from vit_jax_zoo.data.sources.folder import TEST_FRACTION, FileSource, hash_name, hold_out
 from vit_jax_zoo.errors import check_names
 
-REFERENCES = ("1", "2", "3", "4", "5", "random", "all", "self")  # values of the option `reference`
+REFERENCES = ("1", "2", "3", "4", "5", "random", "all", "self")
+"""Values of the option `reference`: its number, in the order of names (CUFED5: "1" is most similar);
+one that is fixed for a file name (the authors' protocol for Sun80); all, stitched by a transform; the
+low-resolution image itself (the authors' protocol for Urban100 and Manga109)."""
 
 Pairs: TypeAlias = Mapping[pathlib.Path, tuple[pathlib.Path, ...]]
 """References of each image, in order."""

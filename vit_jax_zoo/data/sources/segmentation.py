@@ -1,15 +1,7 @@
 """Semantic segmentation from your own images: a label map, a PNG file of class ids, for each.
 
-    images/train/a.jpg  annotations/train/a.png  images/val/b.jpg  annotations/val/b.png
-    images/training/a.jpg  annotations/training/a.png                                  ADE20K
-    leftImg8bit/train/x/a_leftImg8bit.png  gtFine/train/x/a_gtFine_labelTrainIds.png   Cityscapes
-    JPEGImages/a.jpg  SegmentationClass/a.png  ImageSets/Segmentation/train.txt        Pascal VOC
-
-Other layouts are given as patterns: `images="rgb/{split}/{name}.jpg"` and
-`labels="gt/{split}/{name}.png"`, where a name may have several folders. A label PNG has one
-channel, or a palette, with a class id at each pixel; `load_label_map` sets which ids are ignored,
-and their offset. The folder `training` is the split `train`; `val`, `valid` and `validation` are
-aliases.
+A label PNG has one channel, or a palette, with a class id at each pixel; `load_label_map` sets
+which ids are ignored, and their offset.
 """
 
 import functools
@@ -25,7 +17,7 @@ from vit_jax_zoo.data.sources.folder import FileSource, list_images, read_class_
 
 
 class Layout(NamedTuple):
-  """Patterns of paths below the root; `{name}.*` stands for any image suffix."""
+  """Patterns of paths; `{name}.*` stands for any image suffix, a name may have several folders."""
 
   images: str
   labels: str  # label PNGs
@@ -42,6 +34,8 @@ LAYOUTS = (
   Layout("images/{split}/{name}.*", "annotations/{split}/{name}.png"),
   Layout("images/{split}/{name}.*", "labels/{split}/{name}.png"),
 )
+"""Cityscapes, Pascal VOC, ADE20K and own images."""
+
 SPLIT_NAMES = {"training": "train", "testing": "test"}
 
 

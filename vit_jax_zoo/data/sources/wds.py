@@ -1,18 +1,9 @@
 """WebDataset shards on a local disk: images with classes in tar files, read by index.
 
-    wds:/path                               all *.tar files below a folder
-    wds:/path/train-{000..146}.tar          a brace pattern; {train,val} is one as well
-
-    a.jpg  a.cls   b/c.jpg  b/c.cls         `cls`: a class id, or a name
-    a.jpg  a.json                           `json`: {"label": id, name, or a list of several}
-
 As in the package `webdataset`, a sample is the successive files of one name up to its first dot,
 the rest are its keys. Shards are split by `train`, `test`, `val` and the like in their names, or
-those of their folders. Without a test set, a tenth of the samples is `test`, by a hash of their
-names; `fit` and `choose` are as in `folder:`. Samples keep their order.
-
-Each shard is indexed at its first use, in `<shard>.index.json` beside it, or in
-`$VIT_JAX_ZOO_CACHE` where that folder cannot be written; another size or time renews the index.
+those of their folders. Samples keep their order. Each shard is indexed at its first use, in
+`<shard>.index.json` beside it, or in `$VIT_JAX_ZOO_CACHE`; another size or time renews the index.
 """
 
 import contextlib
