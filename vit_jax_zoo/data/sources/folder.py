@@ -63,11 +63,11 @@ class FileSource(base.Source):
 
 
 def list_images(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
-  """Returns the image files below a folder, following links, and the ignored ones.
+  """Returns the sorted paths of the images below a folder, following links, and the ignored ones.
 
-  Paths are those below the folder, with "/", sorted. Images are regular files with one of
-  `images.suffixes()`; ignored dangling links and special files have the reason. Skipped are hidden
-  entries, `_SYSTEM_FOLDERS`, links to folders above and, with a warning, unreadable entries.
+  Images are regular files with one of `images.suffixes()`; ignored dangling links and special files
+  have the reason. Skipped are hidden entries, `_SYSTEM_FOLDERS`, links to folders above and, with a
+  warning, unreadable entries.
   """
   images, ignored = [], []
   above = pathlib.Path(os.path.abspath(folder)).parent.resolve()
@@ -171,18 +171,17 @@ class LabelledSource(FileSource):
 LabelledSplits: TypeAlias = Mapping[str, Callable[[], LabelledSource]]
 
 
-def open_splits(location: str, class_names: Sequence[str] | str | None = None) -> base.Splits:
+def open_splits(location: str, class_names: ClassNames = None) -> base.Splits:
   """Finds the images below a local folder.
 
-  `class_names` in the order of their labels, or in a text file of one a line, are needed where
-  labels must agree with a published model's. Default: folder names in sorted order.
-  FileNotFoundError without the folder; ValueError for a remote one, or one without class folders or
-  images, or with a class that `class_names` lacks.
+  `class_names` are needed where labels must agree with a published model's. Default: folder names
+  in sorted order. FileNotFoundError without the folder; ValueError for a remote one, or one without
+  class folders or images, or with a class that `class_names` lacks.
   """
   return complete_splits(find_splits(location, class_names), location)
 
 
-def find_splits(location: str, class_names: Sequence[str] | str | None = None) -> LabelledSplits:
+def find_splits(location: str, class_names: ClassNames = None) -> LabelledSplits:
   """Returns the splits of `open_splits` without their aliases."""
   if "://" in location:
     raise ValueError(
@@ -208,8 +207,7 @@ def find_splits(location: str, class_names: Sequence[str] | str | None = None) -
   splits = {}
   for split, files in found.items():
     ids = number_classes({name: f"{folders[split] / name}" for _, name in files}, names)
-    labelled = [(path, ids[name]) for path, name in files]
-    if labelled:
+    if labelled := [(path, ids[name]) for path, name in files]:
       splits[split] = functools.partial(LabelledSource, whole, folders[split], labelled)
   return splits[""]().split_by_hash() if "" in splits else splits
 
@@ -227,13 +225,12 @@ def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
     inner = _folders(folder)  # train/train/<class> of Kaggle's archives, train/images/<class>
     is_wrapped = len(inner) == 1 and inner[0].name.lower() in (folder.name.lower(), *_CONTAINERS)
     splits[split] = inner[0] if is_wrapped and _folders(inner[0]) else folder
-  if "train" in splits or (splits and len(nested) == len(folders)):
-    others = ", ".join(f.name for f in folders if f not in nested)
+  others = ", ".join(f.name for f in folders if f not in nested)
+  if "train" in splits or (splits and not others):
     if others:
       _warn_once(f"{root}: ignored folders next to the split folders: {others}")
     return splits
   if splits or len({split_of(f.name) for f in named}) > 1:
-    others = ", ".join(f.name for f in folders if f not in nested)
     expected = f"{named[0].name}/<class>/<image>"
     raise ValueError(f"{root}: {others}: not splits with class folders; expected {expected}")
   return {}
@@ -276,9 +273,8 @@ def _check_inner_folders(root: pathlib.Path, files: Sequence[tuple[str, str]]) -
   for top, names in sorted(inside.items()):
     listed = ", ".join((folders := sorted(names - {""}))[:_LISTED])
     if len(inside) > 1 and len(folders) > 1 and top.lower() in _CONTAINERS:
-      raise ValueError(
-        f"{root}: {top}/ has the folders {listed}; did you mean folder:{root / top}?"
-      )
+      wrong = f"{root}: {top}/ has the folders {listed}"
+      raise ValueError(f"{wrong}; did you mean folder:{root / top}?")
     alike = {top} if len(set(map(split_of, folders)) - {None}) > 1 else set()
     alike |= set(inside) if are_parts and len(folders) > 1 else set()
     for other in {first.setdefault(name, top) for name in folders} - {top}:
@@ -307,8 +303,7 @@ def _scan(root: pathlib.Path) -> list[tuple[str, str]]:
   ignored: list[str] = []
   for folder in _folders(root):
     images, others = list_images(folder)
-    name = base.composed(folder.name)
-    found += [(f"{folder.name}/{path}", name) for path in images]
+    found += [(f"{folder.name}/{path}", base.composed(folder.name)) for path in images]
     ignored += [f"{folder.name}/{path}" for path in others]
     ignored += [] if images else [f"{folder.name} (no images: not a class)"]
   log_ignored(root, ignored)
@@ -328,7 +323,7 @@ def number_classes(found: Mapping[str, str], names: Sequence[str]) -> dict[str, 
 
 def encode_labels(
   splits: Mapping[str, Labelled],
-  class_names: Sequence[str] | str | None,
+  class_names: ClassNames,
   name_of_label: Callable[[Any], str],  # from a file, in errors
 ) -> tuple[dict[str, Labelled], int, tuple[str, ...]]:
   """Replaces the labels of files by class ids; returns the number of classes and their names.
@@ -363,9 +358,7 @@ def encode_labels(
   return encoded, count, names
 
 
-def hold_out(
-  files: Labelled, fraction: float, *, highest: bool = False
-) -> tuple[Labelled, Labelled]:
+def hold_out(files: Labelled, fraction: float, *, highest: bool = False) -> tuple[Labelled, ...]:
   """Splits files in (rest, held out), both in their order: a fraction of the range of hashes.
 
   Each class of two or more files has at least one in either part. Those with the lowest hashes are
@@ -396,8 +389,29 @@ def hash_name(path: str) -> int:
 
 
 def complete_splits(splits: LabelledSplits, location: str) -> base.Splits:
-  """Adds `fit` and `choose`, and the aliases of the validation and the test set."""
-  return _name_test(base.name_validation(_name_choices(splits)), location)
+  """Adds `fit` and `choose`; one of validation and test set gets the names of both.
+
+  TFDS datasets have no such aliases: published scores are of one split.
+  """
+
+  def nothing_held_out() -> base.Source:
+    raise ValueError(
+      f"folder:{location} has images in train/, but no class folders in test/ or val/; add one, or "
+      f"give folder:{location.rstrip('/')}/train, of which a tenth is then held out"
+    )
+
+  found = dict[str, Callable[[], base.Source]](splits)
+  validation = [splits[name] for name in base.VALIDATION_NAMES if name in splits]
+  if train := splits.get("train"):
+    if "test" in splits and len(validation) == 1:
+      found |= {"fit": train, "choose": validation[0]}
+    else:
+      found["fit"] = lambda: train().part(chosen=False)
+      found["choose"] = lambda: train().part(chosen=True)
+  if len(validation) > 1:
+    return found
+  held_out = validation[0] if validation else splits.get("test", nothing_held_out)
+  return {"test": held_out, **found, **dict.fromkeys(base.VALIDATION_NAMES, held_out)}
 
 
 def hold_out_test(splits: LabelledSplits) -> base.Splits:
@@ -405,37 +419,3 @@ def hold_out_test(splits: LabelledSplits) -> base.Splits:
   if "train" in splits and not splits.keys() & {"test", *base.VALIDATION_NAMES}:
     splits = {**splits, **splits["train"]().split_by_hash()}
   return complete_splits(splits, "")
-
-
-def _name_choices(splits: LabelledSplits) -> base.Splits:
-  validation = [name for name in base.VALIDATION_NAMES if name in splits]
-  if "train" not in splits:
-    return splits
-  if "test" in splits and len(validation) == 1:
-    return {**splits, "fit": splits["train"], "choose": splits[validation[0]]}
-  train = splits["train"]
-  parts = {"fit": lambda: train().part(chosen=False), "choose": lambda: train().part(chosen=True)}
-  return {**splits, **parts}
-
-
-def _name_test(splits: base.Splits, location: str) -> base.Splits:
-  """Makes `test` an alias of the validation set where there is none, and the reverse.
-
-  TFDS datasets have no such aliases: published scores are of one split.
-  """
-  validation = {splits[name] for name in base.VALIDATION_NAMES if name in splits}
-  if "test" in splits and not validation:
-    return {**splits, **dict.fromkeys(base.VALIDATION_NAMES, splits["test"])}
-  if "test" in splits or len(validation) > 1:
-    return splits
-  if validation:
-    return {**splits, "test": validation.pop()}
-  absent = functools.partial(_nothing_held_out, location)
-  return {**splits, **dict.fromkeys(("test", *base.VALIDATION_NAMES), absent)}
-
-
-def _nothing_held_out(location: str) -> base.Source:
-  raise ValueError(
-    f"folder:{location} has images in train/, but no class folders in test/ or val/; add one, or "
-    f"give folder:{location.rstrip('/')}/train, of which a tenth is then held out"
-  )

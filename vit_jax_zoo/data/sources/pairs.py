@@ -19,8 +19,8 @@ from vit_jax_zoo.data.sources.folder import TEST_FRACTION, FileSource, hash_name
 from vit_jax_zoo.errors import check_names
 
 REFERENCES = ("1", "2", "3", "4", "5", "random", "all", "self")
-"""Values of the option `reference`: its number, in the order of names (CUFED5: "1" is most similar);
-one that is fixed for a file name (the authors' protocol for Sun80); all, stitched by a transform; the
+"""Values of `reference`: a number, in the order of names (in CUFED5 "1" is the most similar); one,
+fixed for a file name (the authors' protocol for Sun80); all, stitched by a transform; the
 low-resolution image itself (the authors' protocol for Urban100 and Manga109)."""
 
 Pairs: TypeAlias = Mapping[pathlib.Path, tuple[pathlib.Path, ...]]
