@@ -53,8 +53,7 @@ def prepare_tfds(name: str, data_dir: pathlib.Path, manual_dir: str | None = Non
     config = tfds.download.DownloadConfig(manual_dir=manual_dir)
     builder.download_and_prepare(download_config=config)
   except (AssertionError, FileNotFoundError) as error:
-    reason = " ".join(str(error).split())
-    raise ValueError(f"TFDS could not prepare {name}: {reason[:400]}") from error
+    raise ValueError(f"TFDS could not prepare {name}: {one_line(str(error))[:400]}") from error
   return pathlib.Path(builder.data_dir)
 
 

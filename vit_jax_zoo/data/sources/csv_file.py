@@ -35,7 +35,7 @@ def open_splits(
   location: str,
   image_key: str = "path",  # name of the column of files
   label_key: str = "label",  # name of the column of classes
-  class_names: Sequence[str] | str | None = None,  # in the order of their ids, or a text file
+  class_names: folder.ClassNames = None,
 ) -> base.Splits:
   """Reads tables: FileNotFoundError without, ValueError, with file and row, for a wrong one."""
   path = pathlib.Path(location).expanduser()

@@ -6,7 +6,6 @@ download, no TensorFlow) in `$VIT_JAX_ZOO_CACHE`, or in `vit_jax_zoo` below `$XD
 """
 
 import colorsys
-import dataclasses
 import functools
 import importlib.resources
 import io
@@ -22,6 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from jaxtyping import Bool, Float, Float32, Int, UInt8
+from numpy.random import Generator
 from PIL import Image
 
 from vit_jax_zoo.data.sources import tfds as tfds_source
@@ -42,11 +42,8 @@ PHOTOS = {
 }
 """Color photographs by class, with their paths in the wheels."""
 
-DIGITS = tuple("0123456789")
-
 Record = dict[str, Any]
-
-_RIGHT_VIEW = "skimage/data/motorcycle_right.png"
+Opacity = Float32[np.ndarray, "h w"]  # of each pixel, in [0, 1]
 
 
 def read_photo(name: str) -> np.ndarray:
@@ -134,27 +131,21 @@ def scenes(split: str) -> Iterator[Record]:
   parts and classes. The features are those of TFDS's `coco/2017` and `coco/2017_panoptic`. 4000
   training and 400 test scenes have no digit and no texture region in common.
   """
-  material, seed = Material.of(split), {"train": 1, "test": 2}[split]
+  material, seed = read_material(split), {"train": 1, "test": 2}[split]
   first = 0 if split == "train" else COUNTS["train"]
   for number in range(COUNTS[split]):
-    yield _record(draw_scene(material, np.random.default_rng((seed, number))), first + number)
+    yield _record(draw_scene(*material, np.random.default_rng((seed, number))), first + number)
 
 
-@dataclasses.dataclass(frozen=True)
-class Material:
-  """Digits and textures of a split."""
+Squares = UInt8[np.ndarray, "p _ _ 3"]  # of a photograph, to cut textures from
 
-  digits: tuple[np.ndarray, ...]  # strength in [0, 1], float32 [h w], each cut to its stroke
-  labels: Int[np.ndarray, " n"]  # of the digits
-  squares: tuple[np.ndarray, ...]  # of each of `TEXTURES`, to cut from, uint8 [p s s 3]
 
-  @classmethod
-  def of(cls, split: str) -> "Material":
-    """Returns a split's material; one in five digits and squares is in the test split."""
-    images, labels = _digit_images()
-    chosen = _belongs(len(labels), split)
-    digits = tuple(_cut(image, 48).astype(np.float32) / 255 for image in images[chosen])
-    return cls(digits, labels[chosen], tuple(_squares(name, split) for name in TEXTURES))
+def read_material(split: str) -> tuple[list[np.ndarray], Int[np.ndarray, " n"], list[Squares]]:
+  """Returns a split's digits, in [0, 1] and cut to their strokes, their labels, and `TEXTURES`."""
+  images, labels = _digit_images()
+  chosen = _belongs(len(labels), split)
+  digits = [_cut(image, 48).astype(np.float32) / 255 for image in images[chosen]]
+  return digits, labels[chosen], [_squares(name, split) for name in TEXTURES]
 
 
 def _cut(digit: np.ndarray, above: float | int) -> np.ndarray:
@@ -162,7 +153,7 @@ def _cut(digit: np.ndarray, above: float | int) -> np.ndarray:
   return digit[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def _squares(name: str, split: str) -> UInt8[np.ndarray, "p _ _ 3"]:
+def _squares(name: str, split: str) -> Squares:
   photo, side = read_photo(name), SIZE * 3 // 2
   height, width = photo.shape[:2]
   top, left = round(height * (1 - 0.7) / 2), round(width * (1 - 0.7) / 2)
@@ -170,8 +161,7 @@ def _squares(name: str, split: str) -> UInt8[np.ndarray, "p _ _ 3"]:
   return np.stack(squares)[_belongs(len(squares), split)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
   """An image and its annotations."""
 
   image: UInt8[np.ndarray, "h w 3"]
@@ -179,30 +169,32 @@ class Scene:
   labels: tuple[int, ...]  # the segments' classes; the first two are stuff
 
 
-def draw_scene(material: Material, rng: np.random.Generator) -> Scene:
+def draw_scene(
+  digits: list[np.ndarray], digit_labels: np.ndarray, squares: list[Squares], rng: Generator
+) -> Scene:
   """Draws a scene: two textures, then digits from back to front, each at least 75 % visible."""
   textures = rng.choice(len(TEXTURES), 2, replace=False)
   segment_map = _regions(rng)
-  backgrounds = [_texture(material.squares[t], rng) for t in textures]
+  backgrounds = [_texture(squares[t], rng) for t in textures]
   image = np.where(segment_map[..., None] == 0, *backgrounds).astype(np.float32)
   labels = [STUFF_FROM + int(t) for t in textures]
   areas = [0, 0]
   for _ in range(int(rng.integers(1, MAX_DIGITS, endpoint=True))):
     for _ in range(8):  # attempts to place it
-      digit = int(rng.integers(len(material.digits)))
-      stroke = _placed(material.digits[digit], rng)
+      digit = int(rng.integers(len(digits)))
+      stroke = _placed(digits[digit], rng)
       after = np.where(stroke > 0.5, len(labels), segment_map)
       visible = np.bincount(after.ravel(), minlength=len(labels) + 1)
       if all(visible[i] >= 0.75 * areas[i] for i in range(2, len(labels))):
         segment_map = after
         image = _painted(image, stroke, rng)
-        labels.append(int(material.labels[digit]))
+        labels.append(int(digit_labels[digit]))
         areas.append(int(visible[-1]))
         break
   return Scene(np.round(image).astype(np.uint8), segment_map, tuple(labels))
 
 
-def _regions(rng: np.random.Generator) -> Int[np.ndarray, "h w"]:
+def _regions(rng: Generator) -> Int[np.ndarray, "h w"]:
   y, x = np.mgrid[:SIZE, :SIZE] - SIZE / 2
   angle, offset = rng.uniform(0, 2 * np.pi), rng.uniform(-SIZE / 6, SIZE / 6)
   across = x * np.cos(angle) + y * np.sin(angle)
@@ -211,17 +203,15 @@ def _regions(rng: np.random.Generator) -> Int[np.ndarray, "h w"]:
   return (across > offset + wave).astype(np.int64)
 
 
-def _texture(squares: UInt8[np.ndarray, "p _ _ 3"], rng: np.random.Generator) -> np.ndarray:
+def _texture(squares: Squares, rng: Generator) -> np.ndarray:
   square = squares[rng.integers(len(squares))]
   top, left = rng.integers(square.shape[0] - SIZE, size=2, endpoint=True)
   texture = square[top : top + SIZE, left : left + SIZE]
   return texture[:, ::-1] if rng.random() < 0.5 else texture
 
 
-def _placed(
-  digit: Float32[np.ndarray, "_ _"], rng: np.random.Generator
-) -> Float32[np.ndarray, "h w"]:
-  """Enlarges a digit, places it at random and returns the opacity of each pixel, in [0, 1]."""
+def _placed(digit: Float32[np.ndarray, "_ _"], rng: Generator) -> Opacity:
+  """Enlarges a digit and places it at random."""
   height = int(rng.integers(20, 40, endpoint=True))
   width = max(6, round(height * digit.shape[1] / digit.shape[0] * rng.uniform(0.85, 1.15)))
   margin = cv2.copyMakeBorder(digit, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
@@ -236,10 +226,7 @@ def _placed(
   return opacity
 
 
-def _painted(
-  image: Float[np.ndarray, "h w 3"], stroke: Float32[np.ndarray, "h w"], rng: np.random.Generator
-) -> Float[np.ndarray, "h w 3"]:
-  """Draws a stroke of a bright color with a dark outline over the image."""
+def _painted(image: np.ndarray, stroke: Opacity, rng: Generator) -> Float[np.ndarray, "h w 3"]:
   pixel = np.array([[[rng.uniform(0, 360), rng.uniform(0.1, 0.75), 1.0]]], np.float32)
   color = cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0] * 255
   seam = 0.75 * cv2.GaussianBlur(cv2.dilate(stroke, np.ones((3, 3))), (5, 5), 1.0)
@@ -328,7 +315,7 @@ def shapes(split: str, count: int | None = None) -> Iterator[Record]:
     yield {**_record(scene, first + number, len(SHAPES)), "label": scene.labels[2]}
 
 
-def draw_shapes(surfaces: list[UInt8[np.ndarray, "_ _ _ 3"]], rng: np.random.Generator) -> Scene:
+def draw_shapes(surfaces: list[Squares], rng: Generator) -> Scene:
   """Draws a scene: two textures, the largest shape, then others in front of it."""
   opacities, textures = silhouettes(), rng.choice(len(surfaces), 2, replace=False)
   segment_map = _regions(rng)
@@ -352,14 +339,14 @@ def draw_shapes(surfaces: list[UInt8[np.ndarray, "_ _ _ 3"]], rng: np.random.Gen
   return Scene(np.round(image).astype(np.uint8), segment_map, tuple(labels))
 
 
-def _turned(opacity: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
+def _turned(opacity: np.ndarray, side: int, rng: Generator) -> np.ndarray:
   """Returns a silhouette [side side], turned by a random angle."""
   small, middle = cv2.resize(opacity, (side, side), interpolation=cv2.INTER_AREA), (side - 1) / 2
   turn = cv2.getRotationMatrix2D((middle, middle), rng.uniform(0, 360), 1)
   return cv2.warpAffine(small, turn, (side, side), flags=cv2.INTER_LINEAR)
 
 
-def _colored(image: np.ndarray, opacity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _colored(image: np.ndarray, opacity: np.ndarray, rng: Generator) -> np.ndarray:
   """Draws a silhouette [s s] on an image [s s 3]: bright or dark, with a pattern and an outline."""
   color = 255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.2, 0.9), 1), np.float32)
   is_bright, side, patterns = rng.random() < 0.5, len(image), _patterns()
@@ -402,9 +389,8 @@ def stereo(split: str) -> Iterator[Record]:
 
   The pair is scikit-image's motorcycle, from the Middlebury stereo data of 2014 (Scharstein et al.,
   "High-resolution stereo datasets with subpixel-accurate ground truth"): the left image is
-  enlarged, the right one is the reference. A strip across engine and wheels, of both images, is the
-  test split: six images of 96x112. The training split has windows above and below it, and
-  photographs with a simulated second view.
+  enlarged, the right one is the reference. A strip of both is the test split: six images of 96x112.
+  The training split has windows outside of it, and photographs with a simulated second view.
   """
   for image, reference in _test_pairs() if split == "test" else _train_pairs():
     yield {"image": _encode(image, "png"), "reference": _encode(reference, "png")}
@@ -412,7 +398,7 @@ def stereo(split: str) -> Iterator[Record]:
 
 def read_stereo() -> Pair:
   """Returns the left and the right image, [500 707 3], shifted by `SHIFT`."""
-  left, right = read_photo("motorcycle"), read_photo(_RIGHT_VIEW)
+  left, right = read_photo("motorcycle"), read_photo("skimage/data/motorcycle_right.png")
   return left[:, SHIFT:], right[:, :-SHIFT]
 
 
@@ -425,7 +411,6 @@ def _test_pairs() -> Iterator[Pair]:
 
 
 def _train_pairs() -> Iterator[Pair]:
-  """Yields overlapping windows outside the strip, and photographs with a simulated second view."""
   left, right = read_stereo()
   for rows in (slice(None, STRIP.start), slice(STRIP.stop, None)):
     for window in _windows(left[rows], (72, 64)):
@@ -437,7 +422,7 @@ def _train_pairs() -> Iterator[Pair]:
       yield image[window], _second_view(image, rng)[window]
 
 
-def _second_view(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _second_view(image: np.ndarray, rng: Generator) -> np.ndarray:
   """Returns the image with a random horizontal shift, as large as the pair's, and scale."""
   size = (image.shape[1], image.shape[0])
   middle = (size[0] / 2, size[1] / 2)
@@ -476,7 +461,7 @@ def _objects(names: Iterable[str]) -> tfds.features.Sequence:
   return tfds.features.Sequence({**box, "is_crowd": np.bool_, "label": _label(names)})
 
 
-def _scene_features(things: tuple[str, ...], stuff: Iterable[str]) -> Record:
+def _scene_features(things: Iterable[str], stuff: Iterable[str]) -> Record:
   return {
     "image": _image(SIZE, 3, "jpeg"),
     "image/id": np.int64,
@@ -487,9 +472,9 @@ def _scene_features(things: tuple[str, ...], stuff: Iterable[str]) -> Record:
 
 
 DEMOS = {
-  "digits": Demo(digits, {"image": _image(8, 1, "png"), "label": _label(DIGITS)}),
+  "digits": Demo(digits, {"image": _image(8, 1, "png"), "label": _label("0123456789")}),
   "photos": Demo(photos, {"image": _image(64, 3, "jpeg"), "label": _label(PHOTOS)}),
-  "scenes": Demo(scenes, _scene_features(DIGITS, TEXTURES)),
+  "scenes": Demo(scenes, _scene_features("0123456789", TEXTURES)),
   "shapes": Demo(shapes, {**_scene_features(SHAPES, SURFACES), "label": _label(SHAPES)}),
   "stereo": Demo(stereo, dict.fromkeys(("image", "reference"), _image(None, 3, "png")), False),
 }

@@ -47,16 +47,14 @@ class Boxes(NamedTuple):
   class_ids: Mapping[Any, int]  # by category
 
 
+Target: TypeAlias = Boxes | str | None  # objects, column of label maps, or none: classification
+
+
 class HfSource(folder.LabelledSource):
   """Rows of a split; `files` has the number of each as text, and its label."""
 
   def __init__(
-    self,
-    info: base.DatasetInfo,
-    rows: Rows,
-    files: folder.Labelled,
-    image: str,  # column
-    target: Boxes | str | None = None,  # of the objects, or column of label maps
+    self, info: base.DatasetInfo, rows: Rows, files: folder.Labelled, image: str, target: Target
   ) -> None:
     super().__init__(info, "", files)
     self._image, self._target = image, target
@@ -91,7 +89,7 @@ def open_splits(  # noqa: PLR0913  (each is a field of a config)
   box_format: str = "xywh",  # one of `BOX_FORMATS`
   *,
   relative_boxes: bool = False,  # boxes are fractions of the image's size, not in pixels
-  class_names: Sequence[str] | str | None = None,  # in the order of their ids, or a text file
+  class_names: folder.ClassNames = None,
 ) -> base.Splits:
   """Opens a dataset: FileNotFoundError without, ValueError, with row and column, for a wrong one.
 
@@ -171,7 +169,7 @@ def _labelled(
         files, stored or class_names, lambda file: f"{name} {file[2]}[{file[0]}].{label}:"
       )
     infos = {split: base.DatasetInfo(f"{name} {split}", 0, count, names) for split in splits}
-    return {split: HfSource(infos[split], found[split], files[split], image) for split in splits}
+    return {s: HfSource(infos[s], found[s], files[s], image, None) for s in splits}
 
   stored = _class_names(next(iter(found.values())).features[label]) if label else ()
   if stored or label is None:  # one by one: test sets of the hub may have no labels, -1
@@ -180,20 +178,17 @@ def _labelled(
 
 
 def _files(split: str, rows: Rows, label: str | None) -> folder.Labelled:
-  """Returns number, label and split of each row."""
   values = [None] * len(rows) if label is None else _column(rows, label)
   labels = (tuple(value) if isinstance(value, list) else value for value in values)
   return [(str(row), value, split) for row, value in enumerate(labels)]
 
 
 def _column(rows: Rows, key: str) -> Iterator[Any]:
-  """Yields the values of a column without reading the others."""
   for batch in rows.select_columns([key]).with_format("arrow").iter(1000):
     yield from batch.column(0).to_pylist()
 
 
 def _encoded(record: Mapping[str, Any], key: str) -> bytes:
-  """Returns the bytes of an image file."""
   value = record[key]
   if isinstance(value, Mapping):
     file = value.get("path")
@@ -203,9 +198,7 @@ def _encoded(record: Mapping[str, Any], key: str) -> bytes:
   return value
 
 
-def _open(
-  info: base.DatasetInfo, split: str, rows: Rows, *, image: str, target: Boxes | str
-) -> HfSource:
+def _open(info: base.DatasetInfo, split: str, rows: Rows, image: str, target: Target) -> HfSource:
   """Opens a split of detection or segmentation, and checks its objects."""
   info = dataclasses.replace(info, name=f"{info.name} {split}")
   if isinstance(target, Boxes):

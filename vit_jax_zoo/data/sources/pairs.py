@@ -79,7 +79,7 @@ def _choose(
   if reference == "all":
     return references
   if reference == "random":
-    return (references[_hash(image.name) % len(references)],)
+    return (references[hash_name(composed(image.name)) % len(references)],)
   if int(reference) > len(references):
     last = f"it has {len(references)}, the last is {references[-1]}"
     raise FileNotFoundError(f"{image}: no reference number {reference}; {last}")
@@ -178,7 +178,3 @@ def _listing(folder: pathlib.Path) -> Iterable[pathlib.Path]:
 
 def _natural(path: pathlib.Path) -> list[tuple[int, str]]:
   return [(int(p), "") if p.isdecimal() else (-1, p) for p in re.split(r"(\d+)", path.name)]
-
-
-def _hash(name: str) -> int:
-  return hash_name(composed(name))

@@ -9,11 +9,10 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from vit_jax_zoo.data.sources import base
-from vit_jax_zoo.data.sources.folder import FileSource, list_images, read_class_names
+from vit_jax_zoo.data.sources.folder import ClassNames, FileSource, list_images, read_class_names
 
 
 class Layout(NamedTuple):
@@ -55,7 +54,7 @@ def open_splits(
   images: str | None = None,  # pattern; default: one of `LAYOUTS`
   labels: str | None = None,  # pattern of the label maps; given together with `images`
   lists: str | None = None,  # pattern of files of names, for patterns without `{split}`
-  class_names: Sequence[str] | str | None = None,  # in the order of their ids, or a text file
+  class_names: ClassNames = None,
 ) -> base.Splits:
   """Finds the images below a local folder and their label maps.
 
@@ -110,8 +109,7 @@ def _find_in_folders(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple
   pattern = pattern.replace(r"\{name\}", r"(?P=name)").replace(r"\.\*", r"\.\w+")
   found: dict[str, list[tuple[str, str]]] = {}
   for file in _images_below(root, layout.images):
-    match = re.fullmatch(pattern, file)
-    if match is not None:
+    if match := re.fullmatch(pattern, file):
       labels = layout.labels.format(split=match["split"], name=match["name"])
       found.setdefault(match["split"], []).append((file, labels))
   return found

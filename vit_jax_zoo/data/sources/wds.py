@@ -15,14 +15,16 @@ import os
 import pathlib
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 from vit_jax_zoo.data.images import suffixes
 from vit_jax_zoo.data.sources import base, folder
 
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # webdataset.tariterators.base_plus_ext
 _VERSION = 1  # of the index
+
+Keys: TypeAlias = tuple[str | None, str | None, str]  # of image and label, field of a JSON label
 
 
 class WdsSource(folder.LabelledSource):
@@ -46,7 +48,7 @@ def open_splits(
   image_key: str | None = None,  # default: one of an image's suffix, such as "jpg"
   label_key: str | None = None,  # default: "cls", else "json"
   label_field: str = "label",  # of a JSON object
-  class_names: Sequence[str] | str | None = None,  # in the order of their ids, or a text file
+  class_names: folder.ClassNames = None,
 ) -> base.Splits:
   """Indexes the shards: FileNotFoundError without, ValueError, with the sample, for a wrong one."""
   name, found = f"wds:{location}", dict[str, folder.Labelled]()
@@ -56,14 +58,13 @@ def open_splits(
     unnamed = next(shard for shard in shards if _split_of(shard) is None)
     raise ValueError(f"{name}: {unnamed} is not named after a split; expected train, test or val")
   for shard in shards:
-    samples = _open_index(shard, image_key, label_key, label_field)
+    samples = _open_index(shard, (image_key, label_key, label_field))
     found.setdefault(_split_of(shard) or "train", []).extend(
       (key, tuple(label) if isinstance(label, list) else label, shard, *place)
       for key, label, *place in samples
     )
-  encoded, count, names = folder.encode_labels(
-    found, class_names, lambda file: f"{file[2]}: {file[0]}: label"
-  )
+  label_name = "{0[2]}: {0[0]}: label".format
+  encoded, count, names = folder.encode_labels(found, class_names, label_name)
   info = base.DatasetInfo(name, 0, count, names)
   return folder.hold_out_test(
     {s: functools.partial(WdsSource, info, "", files) for s, files in encoded.items()}
@@ -102,12 +103,10 @@ def _split_of(shard: str) -> str | None:
   return next(filter(None, words), folder.split_of(path.parent.name))
 
 
-def _open_index(
-  shard: str, image_key: str | None, label_key: str | None, label_field: str
-) -> list[list[Any]]:
+def _open_index(shard: str, keys: Keys) -> list[list[Any]]:
   """Returns name, label, offset and length of each sample; reads or writes the index."""
   stat, file = os.stat(shard), pathlib.Path(f"{shard}.index.json")
-  version = [_VERSION, stat.st_size, stat.st_mtime_ns, image_key, label_key, label_field]
+  version = [_VERSION, stat.st_size, stat.st_mtime_ns, *keys]
   digest = hashlib.blake2b(os.fsencode(os.path.abspath(shard)), digest_size=8).hexdigest()
   files = [file, base.cache_dir() / "wds" / f"{digest}.index.json"]
   for file in files:
@@ -117,7 +116,7 @@ def _open_index(
         return content["samples"]
   try:
     with tarfile.open(shard, "r:") as tar:
-      samples = list(_read_samples(tar, shard, image_key, label_key, label_field))
+      samples = list(_read_samples(tar, shard, keys))
   except tarfile.TarError as error:
     if shard.endswith("gz"):
       raise ValueError(f"{shard}: compressed; expected a tar file. gunzip {shard}") from None
@@ -135,10 +134,8 @@ def _open_index(
   return samples
 
 
-def _read_samples(
-  tar: tarfile.TarFile, shard: str, image_key: str | None, label_key: str | None, label_field: str
-) -> Iterator[list[Any]]:
-  files = tar.getmembers()
+def _read_samples(tar: tarfile.TarFile, shard: str, keys: Keys) -> Iterator[list[Any]]:
+  files, (image_key, label_key, label_field) = tar.getmembers(), keys
   with open(shard, "rb") as stream:  # tarfile takes a damaged header for the end
     stream.seek(tar.offset)
     if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -151,8 +148,8 @@ def _read_samples(
     image = image_key or min(pictures, key=lambda key: key.count("."), default="jpg")
     label = label_key or ("json" if "json" in found and "cls" not in found else "cls")
     if len(found) < len(members) or image not in found or label not in found:
-      keys = ", ".join(key for key, _ in members)
-      raise ValueError(f"{shard}: {name} has {keys}; expected one {image} and one {label}")
+      listed = ", ".join(key for key, _ in members)
+      raise ValueError(f"{shard}: {name} has {listed}; expected one {image} and one {label}")
     data = tar.extractfile(found[label])
     value = _parse(data.read() if data else b"", label, label_field, f"{shard}: {name}.{label}")
     yield [name, value, found[image].offset_data, found[image].size]
