@@ -15,6 +15,7 @@ from vit_jax_zoo.systems.vit import weights_google as vit_npz
 from vit_jax_zoo.systems.vit.model import VisionTransformer
 from vit_jax_zoo.weights import WeightsError, load_into
 from vit_jax_zoo.weights import key_map as table
+from vit_jax_zoo.weights.checkpoint import Export
 
 PLAIN = ["vit_a", "vit_rep_a", "vit_gap_a", "vit_hybrid_a", "vit_rstem_a"]
 
@@ -26,6 +27,12 @@ def weights_of(name):
 def run(loaded, images, **kwargs):
   """Applies the model jitted: the small programs of an eager model take longer to compile."""
   return jax.jit(lambda v, x: loaded.model.apply(v, x, **kwargs))(loaded.variables, images)
+
+
+def export(path, loaded):
+  """Writes a loaded model in Google's format."""
+  exported = Export("vit", loaded.model, flat(loaded.variables), loaded.preprocess)
+  vit_npz.write_checkpoint(str(path), exported)
 
 
 def flat(variables):
@@ -116,7 +123,7 @@ def test_round_trip_is_exact(name, scan_layers, load_golden, tmp_path):
     weights_of(name), image_size=size, source_image_size=size, scan_layers=scan_layers
   )
   path = tmp_path / "again.npz"
-  vit_npz.write_file(str(path), flat(loaded.variables))
+  export(path, loaded)
   original, again = (dict(np.load(p)) for p in (weights_of(name), path))
   assert original.keys() == again.keys()
   for key, array in original.items():
@@ -188,7 +195,7 @@ def test_big_vision_file_has_no_class_token_position(tmp_path, load_golden):
   np.testing.assert_allclose(logits, outputs["logits"], atol=1e-4)
 
   again = tmp_path / "again.npz"
-  vit_npz.write_file(str(again), flat(loaded.variables), cls_token_position=False)
+  export(again, loaded)
   for key, array in np.load(again).items():
     np.testing.assert_array_equal(array, arrays[key])
 

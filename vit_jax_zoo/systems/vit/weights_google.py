@@ -15,6 +15,7 @@ from etils import epath
 
 from vit_jax_zoo.systems.vit import weights_common as common
 from vit_jax_zoo.weights.checkpoint import Export
+from vit_jax_zoo.weights.hub import Entry
 from vit_jax_zoo.weights.infer import count, side
 from vit_jax_zoo.weights.key_map import CHANNELS_4D, Flat, Row, WeightsError, unroll, write
 from vit_jax_zoo.weights.readers import Published
@@ -136,7 +137,10 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
 
 
 def write_checkpoint(path: str, export: Export) -> None:
-  """Writes a model as Google published it, without its preprocessing."""
+  """Writes a model as Google published it, without its preprocessing.
+
+  A position table without a class token's row is under big_vision's key.
+  """
   common.check_fixed(export, FIXED, "Google's code")
   model = export.model
   export.warn_not_stored(path, common.GOOGLE.at_size(export.preprocess.image_size))
@@ -146,13 +150,82 @@ def write_checkpoint(path: str, export: Export) -> None:
   # A file without a table has big_vision's sine-cosine embeddings.
   fixed = model.position_embedding == "sincos_2d" and not model.has_cls_token
   params = export.variables if fixed else common.with_table(export, class_row=own_row)
-  write_file(path, params, cls_token_position=own_row or not model.has_cls_token)
-
-
-def write_file(path: str, params: Mapping[str, Any], *, cls_token_position: bool = True) -> None:
-  """Writes a .npz; a position table without a class token's row is under big_vision's key."""
   published = write(unroll(params), TABLE)
-  if not cls_token_position and _POSITIONS in published:
+  if model.has_cls_token and not own_row:
     published[_POSITIONS_BIG_VISION] = published.pop(_POSITIONS)
   with epath.Path(path).open("wb") as file:
     np.savez(file, allow_pickle=False, **published)
+
+
+_PAPER = "2010.11929, table 5"
+_ISSUE_62 = "google-research/vision_transformer#62"
+_README = "google-research/vision_transformer, README"
+_TIMM = "timm, results-imagenet.csv"
+# Model; name of the data; file; precision@1: on held-out ImageNet-21k images, or of ImageNet.
+_ORIGINAL = (
+  ("vit_b16", "imagenet21k", "imagenet21k/ViT-B_16", "47.88 % (ImageNet-21k)", _ISSUE_62),
+  ("vit_b16", "imagenet", "imagenet21k+imagenet2012/ViT-B_16", "83.97 % at 384", _PAPER),
+  ("vit_b16", "imagenet_224", "imagenet21k+imagenet2012/ViT-B_16-224", "81.2 % at 224", _README),
+  ("vit_b32", "imagenet21k", "imagenet21k/ViT-B_32", "44.04 % (ImageNet-21k)", _ISSUE_62),
+  ("vit_b32", "imagenet", "imagenet21k+imagenet2012/ViT-B_32", "81.28 % at 384", _PAPER),
+  ("vit_l16", "imagenet21k", "imagenet21k/ViT-L_16", "49.90 % (ImageNet-21k)", _ISSUE_62),
+  ("vit_l16", "imagenet", "imagenet21k+imagenet2012/ViT-L_16", "85.15 % at 384", _PAPER),
+  ("vit_l16", "imagenet_224", "imagenet21k+imagenet2012/ViT-L_16-224", "82.7 % at 224", _README),
+  ("vit_l32", "imagenet21k", "imagenet21k/ViT-L_32", "45.42 % (ImageNet-21k)", _ISSUE_62),
+  ("vit_l32", "imagenet", "imagenet21k+imagenet2012/ViT-L_32", "80.99 % at 384", _PAPER),
+  ("vit_h14", "imagenet21k", "imagenet21k/ViT-H_14", "49.06 % (ImageNet-21k)", _ISSUE_62),
+  ("vit_r50_b16", "imagenet21k", "imagenet21k/R50+ViT-B_16"),
+)
+# Those of "How to train your ViT" (arXiv:2106.10270) that timm hosts, too: file; learning rate of
+# the fine-tuning; ImageNet's precision@1 at 384.
+_AUGREG = {
+  "ti16": ("Ti_16", "aug_none-wd_0.03-do_0.0-sd_0.0", "0.03", "78.44"),
+  "s32": ("S_32", "aug_light1-wd_0.03-do_0.0-sd_0.0", "0.03", ""),
+  "s16": ("S_16", "aug_light1-wd_0.03-do_0.0-sd_0.0", "0.03", "83.81"),
+  "b16": ("B_16", "aug_medium1-wd_0.1-do_0.0-sd_0.0", "0.01", "86.01"),
+  "l16": ("L_16", "aug_medium1-wd_0.1-do_0.1-sd_0.1", "0.01", "87.10"),
+  "r_ti16": ("R_Ti_16", "aug_none-wd_0.03-do_0.0-sd_0.0", "0.03", "75.96"),
+  "r26_s32": ("R26_S_32", "aug_medium2-wd_0.03-do_0.0-sd_0.0", "0.03", "84.07"),
+  "r50_l32": ("R50_L_32", "aug_medium2-wd_0.1-do_0.0-sd_0.0", "0.01", "86.19"),
+}
+
+
+def _entry(model: str, path: str, *reported: str) -> Entry:
+  stated = dict(zip(("score", "source"), reported, strict=False))
+  return Entry(model, (f"https://storage.googleapis.com/{path}.npz",), **stated)
+
+
+def _augreg(size: str) -> dict[str, Entry]:
+  name, recipe, rate, score = _AUGREG[size]
+  upstream = f"vit_models/augreg/{name}-i21k-300ep-lr_0.001-{recipe}"
+  tuned = f"{upstream}--imagenet2012-steps_20k-lr_{rate}-res_384"
+  reported = (f"{score} % at 384", _TIMM) if score else ()
+  return {
+    f"vit_{size}_augreg_imagenet21k": _entry(f"vit_{size}", upstream),
+    f"vit_{size}_augreg_imagenet": _entry(f"vit_{size}", tuned, *reported),
+  }
+
+
+PUBLISHED: dict[str, Entry] = {
+  **{f"{row[0]}_{row[1]}": _entry(row[0], f"vit_models/{row[2]}", *row[3:]) for row in _ORIGINAL},
+  **{name: entry for size in _AUGREG for name, entry in _augreg(size).items()},
+  "vit_b16_sam_imagenet": _entry("vit_b16", "vit_models/sam/ViT-B_16"),
+  "vit_b32_sam_imagenet": _entry("vit_b32", "vit_models/sam/ViT-B_32"),
+  "vit_s16_imagenet_90ep": _entry(
+    "vit_s16", "big_vision/vit_s16_i1k_90ep", "76.5 % at 224", "2205.01580"
+  ),
+}
+
+PAPER_SCORES: dict[str, tuple[str, str]] = {
+  "vit_b16": ("84.15 % at 384 (JFT), 83.97 % (ImageNet-21k)", _PAPER),
+  "vit_b32": ("80.73 % at 384 (JFT), 81.28 % (ImageNet-21k)", _PAPER),
+  "vit_l16": ("87.12 % at 384 (JFT), 85.15 % (ImageNet-21k)", _PAPER),
+  "vit_l32": ("84.37 % at 384 (JFT), 80.99 % (ImageNet-21k)", _PAPER),
+  "vit_h14": ("88.04 % at 384 (JFT), 85.13 % (ImageNet-21k)", _PAPER),
+  "vit_r50_b32": ("84.90 % at 384 (JFT)", "2010.11929"),
+  "vit_r50_b16": ("85.58 % at 384 (JFT)", "2010.11929"),
+  "vit_r50_l32": ("85.68 % at 384 (JFT)", "2010.11929"),
+  "vit_r50_l16": ("87.12 % at 384 (JFT)", "2010.11929"),
+  "vit_s16": ("76.5 % at 224 after 90 epochs", "2205.01580"),
+  "vit_ti16": ("78.44 % at 384 (ImageNet-21k)", _TIMM),
+}
