@@ -1,10 +1,11 @@
 """Vision Transformer. Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv:2010.11929.
 
-Defaults follow the paper's code.
+Defaults follow the paper's code. The hybrids' ResNet is Big Transfer's, arXiv:1912.11370, section
+3.1, with TensorFlow's SAME padding: for an even side, one more at the bottom and right.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +23,6 @@ from vit_jax_zoo.nn.transformer import Mlp, Stack
 from vit_jax_zoo.ops.checks import check_num_classes, check_positive, check_rates
 from vit_jax_zoo.ops.sharding import shard_batch
 from vit_jax_zoo.systems.vit import figures
-from vit_jax_zoo.systems.vit.hybrid import StandardizedResNet, total_stride
 
 
 class VisionTransformer(nn.Module):
@@ -135,7 +135,9 @@ class VisionTransformer(nn.Module):
   @property
   def token_stride(self) -> int:
     """Pixels of the image per token along each side: a hybrid's stride times the patch size."""
-    return self.patch_size * (total_stride(self.resnet["stage_sizes"]) if self.resnet else 1)
+    if self.resnet is None:
+      return self.patch_size
+    return self.patch_size * 4 * 2 ** max(len(self.resnet["stage_sizes"]) - 1, 0)
 
   def token_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
     return image_size[0] // self.token_stride, image_size[1] // self.token_stride
@@ -187,9 +189,6 @@ class EncoderBlock(nn.Module):
     return x, None
 
 
-POSITION_EMBEDDINGS = ("learned_1d", "learned_2d", "sincos_2d", "none")
-
-
 class PositionEmbedding(nn.Module):
   """Position embeddings of a grid of patches (appendix D.4).
 
@@ -197,7 +196,7 @@ class PositionEmbedding(nn.Module):
   row, `rows` [h d/2], and half a vector per column, `columns` [w d/2]; "sincos_2d" is fixed.
   """
 
-  kind: str = "learned_1d"  # one of `POSITION_EMBEDDINGS`
+  kind: str = "learned_1d"  # or "learned_2d", "sincos_2d", "none"
   cls_row: bool = False  # "learned_1d" begins with a row for the class token
 
   @nn.compact
@@ -213,7 +212,8 @@ class PositionEmbedding(nn.Module):
       return jnp.concatenate(halves, axis=-1).reshape(1, h * w, width)
     if self.kind == "sincos_2d":
       return jnp.asarray(sincos_2d(h, w, width))[None]
-    check_names("position_embedding", [self.kind], POSITION_EMBEDDINGS)
+    known = ("learned_1d", "learned_2d", "sincos_2d", "none")
+    check_names("position_embedding", [self.kind], known)
     return jnp.zeros((1, h * w, width))
 
 
@@ -230,11 +230,98 @@ def sincos_2d(height: int, width: int, dim: int) -> np.ndarray:
   return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
 
 
-POOLS = ("cls", "mean")
+class StandardizedConv(nn.Module):
+  """A square convolution without bias, with weight standardization (arXiv:1903.10520) in float32.
+
+  Mean and biased variance are over height, width and input channels. `variance_epsilon` and
+  `std_epsilon` are 0 and 1e-5 in vision_transformer, 1e-8 and 0 in timm.
+  """
+
+  features: int
+  kernel_size: int
+  stride: int = 1
+  std_epsilon: float = 1e-5
+  variance_epsilon: float = 0.0
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
+    """Convolves with SAME padding; sides become ceil(side / stride)."""
+    shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+    kernel = kernel - jnp.mean(kernel, axis=(0, 1, 2), keepdims=True)
+    variance = jnp.mean(kernel**2, axis=(0, 1, 2), keepdims=True)
+    kernel = kernel / (jnp.sqrt(variance + self.variance_epsilon) + self.std_epsilon)
+    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+    strides, layout = (self.stride, self.stride), ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=layout)
+
+
+class BottleneckUnit(nn.Module):
+  """1x1, 3x3 with the stride, 1x1 to four times the width; ReLU after the sum with the shortcut."""
+
+  width: int
+  stride: int
+  conv: Callable[..., nn.Module]
+  norm: Callable[..., nn.Module]
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h2 w2 f"], None]:
+    x = shortcut = shard_batch(x)
+    if x.shape[-1] != 4 * self.width or self.stride != 1:
+      shortcut = self.conv(4 * self.width, 1, self.stride, name="shortcut_conv")(x)
+      shortcut = self.norm(name="shortcut_norm")(shortcut)
+    y = nn.relu(self.norm(name="norm_1")(self.conv(self.width, 1, name="conv_1")(x)))
+    y = self.conv(self.width, 3, self.stride, name="conv_2")(y)
+    y = nn.relu(self.norm(name="norm_2")(y))
+    y = self.conv(4 * self.width, 1, name="conv_3")(y)
+    y = nn.relu(shortcut + self.norm(name="norm_3", scale_init=nn.initializers.zeros)(y))
+    self.sow("intermediates", "output", y)
+    return y, None
+
+
+class StandardizedResNet(nn.Module):
+  """7x7 stride-2 root with max-pool, then stages of bottleneck units.
+
+  The units of a stage after the first, `stage_0_unit_0`, are equal. Scanned, since convolutions
+  compile slowly for TPUs, they are in `stage_0_units/...` with a leading axis; unrolled, or if
+  there is only one, in `stage_0_unit_1/...`. `weights.key_map` converts.
+  """
+
+  stage_sizes: tuple[int, ...]  # units in each stage; (): only the root, with stride 4
+  width: int = 64  # channels of the root; stage i has width * 2^i and returns four times that
+  group_norm_epsilon: float = 1e-6  # 1e-6 in vision_transformer, 1e-5 in timm
+  std_epsilon: float = 1e-5  # see `StandardizedConv`, as for `variance_epsilon`
+  variance_epsilon: float = 0.0
+  remat: bool = False  # saves only the units' inputs for the backward pass
+  scan_layers: bool = True  # scans the equal units of a stage
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
+    epsilons = {"std_epsilon": self.std_epsilon, "variance_epsilon": self.variance_epsilon}
+    conv = functools.partial(StandardizedConv, **epsilons, dtype=self.dtype)
+    epsilon = self.group_norm_epsilon
+    norm = functools.partial(nn.GroupNorm, num_groups=32, epsilon=epsilon, dtype=self.dtype)
+    x = norm(name="root_norm")(conv(self.width, 7, 2, name="root_conv")(images))
+    x = nn.max_pool(nn.relu(x), (3, 3), strides=(2, 2), padding="SAME")
+    for stage, size in enumerate(self.stage_sizes):
+      name = f"stage_{stage}_unit"
+      unit = functools.partial(BottleneckUnit, self.width * 2**stage, conv=conv, norm=norm)
+      names = {"scanned_name": f"{name}s", "layer_name": f"{name}_{{}}"}
+      make = functools.partial(Stack, remat="full" if self.remat else "none", **names)
+      scan = self.scan_layers and size > 2
+      for stack in (
+        make(functools.partial(unit, stride=2 if stage else 1), 1, scan=False),
+        make(functools.partial(unit, stride=1), size - 1, scan=scan, first=1),
+      ):
+        nn.share_scope(self, stack)
+        x, _ = stack(x)
+    return x
 
 
 def _check(model: VisionTransformer, image_size: tuple[int, int]) -> None:
-  check_names("pool", [model.pool], POOLS)
+  check_names("pool", [model.pool], ("cls", "mean"))
   if model.pool == "cls" and not model.has_cls_token:
     raise ValueError("cls_token: False with pool='cls'; set cls_token=True or pool='mean'")
   check_num_classes(model)
