@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 
 from vit_jax_zoo.figures import attention as draw
 
+Maps = Float[Array | np.ndarray, "l b heads n n"]
+
 
 def explain(
   model: Any, variables: Mapping[str, Any], intermediates: Any, image_size: tuple[int, int]
@@ -71,7 +73,7 @@ def attention_maps(intermediates: Mapping[str, Any]) -> Float[Array, "l b heads 
   return jnp.stack([block["attention"]["weights"][0] for block in blocks])
 
 
-def attention_rollout(weights: Float[Array | np.ndarray, "l b heads n n"]) -> Float[Array, "b n n"]:
+def attention_rollout(weights: Maps) -> Float[Array, "b n n"]:
   """Returns the weight of each input token (column) in each output token (row); rows sum to 1.
 
   Abnar and Zuidema, arXiv:2005.00928, section 3, as in figure 6 of the ViT paper (appendix D.8):
@@ -87,15 +89,12 @@ def attention_rollout(weights: Float[Array | np.ndarray, "l b heads n n"]) -> Fl
 
 
 def attention_distances(
-  weights: Float[Array | np.ndarray, "l b heads n n"],
-  grid: tuple[int, int],
-  *,
-  patch_size: float = 1.0,
+  weights: Maps, grid: tuple[int, int], patch_size: float = 1.0
 ) -> Float[Array, "l heads"]:
   """Returns the mean distance, in units of `patch_size`, of attended patches (figure 7, right)."""
   maps = patch_tokens(patch_tokens(weights, grid, axis=-1), grid, axis=-2).astype(jnp.float32)
   maps = maps / jnp.maximum(maps.sum(axis=-1, keepdims=True), 1e-12)
-  points = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), axis=-1).reshape(-1, 2)
+  points = np.indices(grid).reshape(2, -1).T
   distances = np.linalg.norm(points[:, None] - points[None], axis=-1).astype(np.float32)
   return (maps * distances[None, None, None]).sum(axis=-1).mean(axis=(1, 3)) * patch_size
 

@@ -35,10 +35,9 @@ class VitCheckpoint(Checkpoint):
     self, model: Any, requested: Size | None, trained: Size | None
   ) -> tuple[Size, "VitCheckpoint"]:
     trained, stride, checkpoint = trained or self.image_size, model.token_stride, self
-    given, fallback = (size and model.token_grid(size) for size in (trained, requested))
     if self._table is not None:
-      checkpoint = self._with_class_row_of(given or (None if self.cls_row_is_stated else fallback))
-      height, width = checkpoint._grid(given, fallback)
+      grids = (size and model.token_grid(size) for size in (trained, requested))
+      checkpoint, (height, width) = self._with_grid(*grids)
       trained = (height * stride, width * stride)
     size = requested or trained or self.preprocess.image_size
     return size, checkpoint.replace(image_size=trained)
@@ -64,8 +63,8 @@ class VitCheckpoint(Checkpoint):
         wrong = f"the model has positions for {rows} tokens, which is no square grid"
         raise WeightsError(f"{wrong}; give position_grid")
       grid = found[1]
-    checkpoint = self if self.cls_row_is_stated else self._with_class_row_of(grid)
-    return checkpoint._fit_positions(rows, checkpoint._grid(None, grid), grid, method)
+    checkpoint, old = self._with_grid(None, grid)
+    return checkpoint._fit_positions(rows, old, grid, method)
 
   @property
   def _table(self) -> np.ndarray | None:
@@ -75,27 +74,25 @@ class VitCheckpoint(Checkpoint):
 
   @property
   def _class_rows(self) -> int:
-    has_row = self.fields["cls_token_position"] and self.key(POSITIONS) is not None
-    return int(has_row and self.key(CLS_TOKEN) is not None)
+    return int(self.fields["cls_token_position"] and self.key(CLS_TOKEN) is not None)
 
-  def _with_class_row_of(self, grid: Size | None) -> "VitCheckpoint":
-    """Sets `cls_token_position` by a known grid: 25 rows are 5 x 5, or 4 x 6 and one."""
-    if grid is None or self._table is None or self.key(CLS_TOKEN) is None:
-      return self
-    found = find_grid(self._table.shape[1], (0, 1), grid)
-    stated = {} if found is None else {"cls_token_position": bool(found[0])}
-    return self.replace(fields={**self.fields, **stated})
+  def _with_grid(self, given: Size | None, fallback: Size | None) -> tuple["VitCheckpoint", Size]:
+    """Returns the grid of the position table: `given`, or a square one, or `fallback`.
 
-  def _grid(self, given: Size | None, fallback: Size | None) -> Size:
-    """Returns the grid of the position table: `given`, or a square one, or `fallback`."""
+    A known grid determines `cls_token_position`: 25 rows are 5 x 5, or 4 x 6 and one.
+    """
     if self._table is None:
       raise WeightsError(f"{self.source} has no table of positions [1, tokens, width]")
-    rows = self._table.shape[1] - self._class_rows
+    rows, has_cls, checkpoint = self._table.shape[1], self.key(CLS_TOKEN) is not None, self
+    known = given or (None if self.cls_row_is_stated else fallback)
+    if known and has_cls and (found := find_grid(rows, (0, 1), known)):
+      checkpoint = self.replace(fields={**self.fields, "cls_token_position": bool(found[0])})
+    rows -= checkpoint._class_rows
     tried = (given,) if given or not fallback else (None, fallback)
-    if (found := find_grid(rows, (0,), *tried)) is not None:
-      return found[1]
+    if found := find_grid(rows, (0,), *tried):
+      return checkpoint, found[1]
     what = f"not for {given[0]} x {given[1]}" if given else "which is no square"
-    if find_grid(rows, (1,), given) and self.key(CLS_TOKEN) is None:
+    if find_grid(rows, (1,), given) and not has_cls:
       token = next(row.published for row in self.table if row.ours == CLS_TOKEN)
       what += f" (is {token} missing, the class token?)"
     fix = "give source_image_size=(height, width), the size that it was trained at"
@@ -151,12 +148,11 @@ def with_table(export: Export, *, class_row: bool) -> Flat:
 def check_fixed(export: Export, fixed: Mapping[str, Any], whose: str) -> None:
   """Raises WeightsError for fields other than `fixed`: values, or tuples of them, by field."""
   fields = export.fields()
-  resnet = fields["resnet"] or {}
-  other = []
-  for name, known in fixed.items():
-    own = name.removeprefix("resnet.")
-    value = fields[name] if own == name else resnet.get(own, known)
-    if value not in (known if isinstance(known, tuple) else (known,)):
-      other.append(f"{own}={value!r} (there: {known!r})")
+  fields |= {f"resnet.{name}": value for name, value in (fields["resnet"] or {}).items()}
+  other = [
+    f"{name}={fields[name]!r} (there: {known!r})"
+    for name, known in fixed.items()
+    if name in fields and fields[name] not in (known if isinstance(known, tuple) else (known,))
+  ]
   if other:
     raise WeightsError(f"{whose} has no ViT with {', '.join(other)}")

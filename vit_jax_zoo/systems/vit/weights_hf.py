@@ -34,7 +34,6 @@ FIXED: dict[str, Any] = {
 }
 """Values of our fields that transformers' ViT is limited to: one, or one of several."""
 
-_PREFIX = "vit."
 _LAYER = r"(?:vit\.)?encoder\.layer\.(\d+)\."
 
 BASE_TABLE: tuple[Row, ...] = (
@@ -55,7 +54,7 @@ BASE_TABLE: tuple[Row, ...] = (
 )
 """`ViTModel`."""
 CLASSIFIER_TABLE = (
-  *(Row(_PREFIX + row.published, row.ours, row.transform) for row in BASE_TABLE),
+  *(Row(f"vit.{row.published}", row.ours, row.transform) for row in BASE_TABLE),
   *layouts.layer_rows("classifier", "head"),
 )
 """`ViTForImageClassification`."""
@@ -131,13 +130,9 @@ def write_checkpoint(path: str, export: Export) -> None:
   common.check_fixed(export, FIXED, "Hugging Face")
   arrays = state_dict(common.with_table(export, class_row=True))
   processor = hf_config.processor_of(export.preprocess, "ViTImageProcessor")
-  hf_config.write_folder(path, arrays, config=_config_of(export), preprocessor_config=processor)
-
-
-def _config_of(export: Export) -> dict[str, Any]:
   fields, size = export.fields(), export.preprocess.image_size
   num_classes, pooled = fields["num_classes"], fields["representation_size"]
-  return {
+  config = {
     "architectures": ["ViTModel" if num_classes is None else "ViTForImageClassification"],
     "model_type": "vit",
     "hidden_size": fields["width"],
@@ -155,3 +150,4 @@ def _config_of(export: Export) -> dict[str, Any]:
     **(hf_config.label_fields(export.class_names, num_classes) if num_classes else {}),
     **({} if pooled is None else {"pooler_output_size": pooled, "pooler_act": "tanh"}),
   }
+  hf_config.write_folder(path, arrays, config=config, preprocessor_config=processor)

@@ -142,7 +142,6 @@ def _infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str,
     # With `no_embed_class` the number of rows is a square.
     "cls_token_position": has_cls and math.isqrt(rows) ** 2 != rows,
     "qkv_bias": any(key.endswith(".attn.qkv.bias") for key in published),
-    "activation": "gelu",
     "layer_norm_epsilon": 1e-6,
   }
   root = side(published, (rf"{_BACKBONE}\.(stem\.)?conv\.weight", 4, 0))
