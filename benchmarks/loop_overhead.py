@@ -129,9 +129,8 @@ class Workload:
     start, settings = int(self.state.step), self.parts.config
     with MetricWriter(self.folder / name, resume_step=start) as writer:
       loop = Loop(
-        train_step=step,
+        program=dataclasses.replace(self.program, train_step=step),
         evaluations={},
-        schedules=self.program.schedules,
         settings=LoopSettings(num_steps=start + count, log_every=settings.log_every),
         checkpointer=NoCheckpoints(self.folder),  # pyrefly: ignore
         writer=writer,

@@ -39,7 +39,7 @@ def random_array(leaf, rng):
 
 
 def restore(workdir, program):
-  with Checkpointer(workdir, read_only=True) as checkpointer:
+  with Checkpointer(workdir) as checkpointer:
     return checkpointer.restore(program.abstract_state)
 
 

@@ -59,10 +59,7 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
     distributed.check_equal(lambda: _experiment_settings(experiment, train=not options.eval_only))
     config = experiment.config
     policy = {"keep": config.checkpoint.keep, "best_mode": config.checkpoint.best_mode}
-    with (
-      jax.set_mesh(experiment.mesh),
-      Checkpointer(workdir, **policy, read_only=options.eval_only) as checkpointer,
-    ):
+    with jax.set_mesh(experiment.mesh), Checkpointer(workdir, **policy) as checkpointer:
       if checkpointer.latest_step is not None and not options.allow_config_change:
         info = None if options.eval_only else experiment.train_source.info
         run_metadata.check_unchanged(config, info, workdir)
@@ -121,9 +118,8 @@ def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpoint
       if not start:
         log_summary(config, program, experiment.sources, first, writer)
       training = Loop(
-        train_step=program.train_step,
+        program=program,
         evaluations=_evaluations(experiment, program),
-        schedules=program.schedules,
         settings=settings,
         checkpointer=checkpointer,
         writer=writer,

@@ -74,9 +74,8 @@ def train(
     start = int(state.step)
     with MetricWriter(workdir, resume_step=start or None) as writer:
       loop = Loop(
-        train_step=step,
+        program=dataclasses.replace(made, train_step=step),
         evaluations={"held_out": evaluation},
-        schedules=made.schedules,
         settings=settings,
         checkpointer=checkpointer,
         writer=writer,

@@ -50,15 +50,12 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
   """Saves and restores the state of one run, and the variables with the best score.
 
   A context manager, which waits for saves in progress at its end. The first save creates the
-  directories and deletes incomplete checkpoints; the `keep` newest are kept. Saving raises
-  RuntimeError if `read_only`, and OSError, in this save or the next, if the disk is full.
-  `best_mode` is "max" or "min".
+  directories and deletes incomplete checkpoints; the `keep` newest are kept. Saving raises OSError,
+  in this save or the next, if the disk is full. `best_mode` is "max" or "min".
   """
 
-  def __init__(
-    self, workdir: PathLike, *, keep: int = 1, best_mode: str = "max", read_only: bool = False
-  ):
-    self.workdir, self.read_only, self._best_mode = absolute(workdir), read_only, best_mode
+  def __init__(self, workdir: PathLike, *, keep: int = 1, best_mode: str = "max"):
+    self.workdir, self._best_mode = absolute(workdir), best_mode
     policy = ocp.checkpoint_managers.LatestN(keep)
     self._newest = _Folder(self.workdir / CHECKPOINTS, preservation_policy=policy)
     newest = max(steps(self.workdir / BEST), default="")
@@ -85,7 +82,6 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
 
   def save(self, step: int, state: Any) -> bool:
     """Starts to save the state, which may then be donated; returns False if the step is on disk."""
-    self._check_writable()
     saved = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)})
     with self._disk_errors():
       self._newest.wait()
@@ -125,7 +121,6 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
 
   def save_best(self, step: int, variables: Any, score: float | int) -> bool:
     """Saves the variables if the score, equal on all processes, is the best; returns whether."""
-    self._check_writable()
     self.wait()  # in several processes, barriers of two saves at once would mix
     sign = 1 if self._best_mode == "max" else -1
     is_better = self.best_score is None or sign * score > sign * self.best_score
@@ -144,10 +139,6 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       return f"{last}: free disk space and run the same command again"
 
     return disk.explained(f"a checkpoint cannot be written to {self.workdir}", advice)
-
-  def _check_writable(self) -> None:
-    if self.read_only:
-      raise RuntimeError(f"the checkpoints in {self.workdir} were opened read-only")
 
   def wait(self) -> None:
     """Waits until all saves are complete on disk; raises their errors."""

@@ -31,7 +31,7 @@ from vit_jax_zoo.training.distributed import all_gather_objects, is_primary
 from vit_jax_zoo.training.evaluate import Evaluation, Report
 from vit_jax_zoo.training.metric_writer import METRICS_FILE, MetricWriter, read_metrics
 from vit_jax_zoo.training.progress import Progress
-from vit_jax_zoo.training.train_step import Metrics, TrainState, TrainStep
+from vit_jax_zoo.training.train_step import Metrics, Program, TrainState
 
 PENDING_FILE = "pending_metrics.json"  # sums of training metrics since the last row, at SIGTERM
 
@@ -110,9 +110,8 @@ class Outcome:
 class Loop:
   """A training run in progress."""
 
-  train_step: TrainStep  # compiled; donates its state
+  program: Program
   evaluations: Mapping[str, Evaluation]
-  schedules: Mapping[str, Callable[[int], Any]]  # learning rates by metric name
   settings: LoopSettings
   checkpointer: Checkpointer
   writer: MetricWriter
@@ -137,7 +136,7 @@ class Loop:
         with self.progress.time_as("input_wait"), self._saved_on_error(step - 1, state, log):
           batch = next(batches)
         with self.progress.exclude("compile") if step == start + 1 else contextlib.nullcontext():
-          state, metrics = self.train_step(state, batch)
+          state, metrics = self.program.train_step(state, batch)
         log.add(step, metrics)
         stop = stop_requested(step) and step < settings.num_steps
         evaluate = settings.is_due(settings.eval_every, step)
@@ -318,7 +317,7 @@ class _TrainingLog:
     means = {f"train/{name}": total / n for name, (total, n) in sums.items() if n > 0}
     self._sums = {}
     # The update with index t uses the schedule at t; the last index is step - 1.
-    rates = {f"train/{name}": float(rate(step - 1)) for name, rate in loop.schedules.items()}
+    rates = {f"train/{k}": float(rate(step - 1)) for k, rate in loop.program.schedules.items()}
     speed = {f"speed/{name}": value for name, value in loop.progress.report(step).items()}
     with loop.progress.time_as("logging"):
       loop.writer.write_scalars(step, {**means, **rates, **speed, **loop.counters()})

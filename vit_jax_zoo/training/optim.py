@@ -130,19 +130,17 @@ class Optimizer:
 def create_optimizer(
   config: Config, abstract_params: Any, num_steps: int, begin_step: int = 0, updates: int = 1
 ) -> Optimizer:
-  """Creates an optimizer from its config.
+  """Creates the optimizer of a group's parameters, a nested dict of arrays or shapes.
 
-  Args:
-    config: `name` (of `OPTIMIZERS`), `learning_rate`; optionally `schedule` (see
-      `create_schedule`), `weight_decay` (0), `weight_decay_mode` (default: that in `OPTIMIZERS`),
-      `clip_norm` (None), `rules`, and fields of the named optimizer (`b1`, `momentum`, ...). Rules
-      are (pattern, dict), matched with the whole "/"-joined path of each parameter; the dict sets
-      `learning_rate` or `weight_decay` (multipliers, the latter also for parameters that do not
-      decay by default) or `frozen`. The first matching rule that sets one applies.
-    abstract_params: nested dict of the arrays or shapes of one group's parameters.
-    num_steps: training steps of the whole run.
-    begin_step: first training step with an update, at which the schedule starts.
-    updates: number of updates in each training step.
+  `config` has `name` (of `OPTIMIZERS`), `learning_rate`; optionally `schedule` (see
+  `create_schedule`), `weight_decay` (0), `weight_decay_mode` (default: that in `OPTIMIZERS`),
+  `clip_norm` (None), `rules`, and fields of the named optimizer (`b1`, `momentum`, ...). Rules are
+  (pattern, dict), matched with the whole "/"-joined path of each parameter; the dict sets
+  `learning_rate` or `weight_decay` (multipliers, the latter also for parameters that do not decay
+  by default) or `frozen`. The first matching rule that sets one applies.
+
+  `num_steps` is the length of the run, `begin_step` the first step with an update, at which the
+  schedule starts, and `updates` the number of updates in a step.
 
   Raises ValueError for an unknown name or field, a rule without a parameter, or all frozen.
 
@@ -199,10 +197,8 @@ def _direction_of(fields: Mapping[str, Any]) -> tuple[_Kind, Transformation]:
     is_other = key in _NO_NUMBERS or key.endswith("dtype")
     if not (is_other or isinstance(value, Number | None)):
       raise ValueError(f"optimizer.{key}: {value!r}; expected a number")
-  own = {key: value for key, value in fields.items() if key not in _FIELDS}
-  for key, value in own.items():
-    if key.endswith("dtype") and value is not None:
-      own[key] = jnp.dtype(value)
+  own = {k: v for k, v in fields.items() if k not in _FIELDS}
+  own |= {k: jnp.dtype(v) for k, v in own.items() if k.endswith("dtype") and v is not None}
   return OPTIMIZERS[name], OPTIMIZERS[name].direction(**own)
 
 
