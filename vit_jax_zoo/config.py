@@ -99,15 +99,9 @@ _FRACTIONS = ("eval_every", "every", "warmup_steps", "cooldown_steps", "timescal
 """Counts of steps, in any section, that may be fractions of all steps."""
 
 _MINIMA = {
-  "batch_size": 1,
-  "eval_batch_size": 1,
-  "num_steps": 1,
-  "accumulation_steps": 1,
-  "log_every": 0,
-  "eval_every": 0,
-  "checkpoint.every": 0,
+  **dict.fromkeys(("log_every", "eval_every", "checkpoint.every", "data.loader.num_workers"), 0),
+  **dict.fromkeys(("batch_size", "eval_batch_size", "accumulation_steps", "num_steps"), 1),
   "checkpoint.keep": 1,
-  "data.loader.num_workers": 0,
 }
 
 

@@ -54,26 +54,15 @@ TrainStep: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def create_state(
-  task: Task,
-  optimizers: Sequence[Optimizer],
-  variables: Variables,
-  rng: jax.Array,
-  *,
-  with_ema: bool,
+  task: Task, optimizers: Sequence[Optimizer], variables: Variables, rng: Any, *, with_ema: bool
 ) -> TrainState:
   """Returns the state before the first step, with an optimizer for each of the task's groups."""
-  params = variables["params"]
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    model_state={name: value for name, value in variables.items() if name != "params"},
-    opt_state=tuple(
-      optimizer.tx.init(group.select(params))
-      for optimizer, group in zip(optimizers, task.optim_groups, strict=True)
-    ),
-    ema=jax.tree.map(jnp.copy, dict(variables)) if with_ema else None,
-    rng=jax.random.key_data(rng),
-  )
+  params, step = variables["params"], jnp.zeros((), jnp.int32)
+  others = {name: value for name, value in variables.items() if name != "params"}
+  groups = zip(optimizers, task.optim_groups, strict=True)
+  opt_state = tuple(optimizer.tx.init(group.select(params)) for optimizer, group in groups)
+  ema = jax.tree.map(jnp.copy, dict(variables)) if with_ema else None
+  return TrainState(step, params, others, opt_state, ema, jax.random.key_data(rng))
 
 
 def make_train_step(
@@ -94,13 +83,8 @@ def make_train_step(
     updates, opt_state = optimizer.tx.update(grads, state.opt_state[0], state.params)
     params = optax.apply_updates(state.params, updates)
 
-    state = dataclasses.replace(
-      state,
-      step=state.step + 1,
-      params=params,
-      model_state=output.model_state,
-      opt_state=(opt_state,),
-    )
+    model_state, step = output.model_state, state.step + 1
+    state = TrainState(step, params, model_state, (opt_state,), state.ema, state.rng)
     metrics = {**output.metrics, "gradient_norm": Mean.of(optax.tree.norm(grads))}
     return update_ema(state, ema_decay), metrics
 
@@ -241,20 +225,16 @@ def build_program(
   sharding.check_batch_size(batch_size, mesh, options.accumulation_steps)
   evaluation = build_evaluation(task, abstract_batch, mesh=mesh, rules=rules)
   abstract = evaluation.abstract_variables
-  optimizers = tuple(
-    create_optimizer(
-      options.optimizer if group.name is None else options.optimizer[group.name],
-      group.select(abstract["params"]),
-      options.num_steps,
-      begin_step=group.begin_step,
-      updates=group.updates,
-    )
-    for group in task.optim_groups
-  )
+  optimizers: tuple[Optimizer, ...] = ()
+  for group in task.optim_groups:
+    config = options.optimizer if group.name is None else options.optimizer[group.name]
+    params, times = group.select(abstract["params"]), (group.begin_step, group.updates)
+    optimizers += (create_optimizer(config, params, options.num_steps, *times),)
   create = functools.partial(create_state, task, optimizers, with_ema=options.ema_decay is not None)
   abstract_state = jax.eval_shape(create, abstract, jax.random.key(0))
   shardings = state_shardings(abstract_state, rules, mesh)
-  split = sharding.batch_sharding(mesh)
+  inputs = shardings, sharding.batch_sharding(mesh)
+  outputs = shardings, sharding.replicated(mesh)
   arguments = {"accumulation_steps": options.accumulation_steps, "ema_decay": options.ema_decay}
   train_step = task.make_train_step(optimizers, **arguments)
   if train_step is None:
@@ -263,12 +243,7 @@ def build_program(
     **vars(evaluation),
     optimizers=optimizers,
     abstract_state=abstract_like(abstract_state, shardings),
-    train_step=jax.jit(
-      train_step,
-      in_shardings=(shardings, split),
-      out_shardings=(shardings, sharding.replicated(mesh)),
-      donate_argnums=0,
-    ),
+    train_step=jax.jit(train_step, in_shardings=inputs, out_shardings=outputs, donate_argnums=0),
   )
 
 
