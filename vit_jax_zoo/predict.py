@@ -173,11 +173,16 @@ class Records(contextlib.ExitStack):
   def __init__(self, output: pathlib.Path, form: str, truth: GroundTruth | None = None) -> None:
     super().__init__()
     output.mkdir(parents=True, exist_ok=True)
-    _check_outputs(output, truth)
+    outputs = [output / name for name in (*RESULTS, RECORDS, *FILES)]
+    for file in filter(os.path.lexists, outputs):
+      if truth is not None and truth.file.resolve() == file.resolve():
+        raise ValueError(f"--coco_ids={truth.file}: would be replaced; use another --output")
+      if file.name not in _marked(output):
+        raise ValueError(f"{file}: not written by this command; use another --output")
     self._output, self._result = output, output / f"predictions.{form}"
     _mark(output, (self._result.name, RECORDS))
-    for name in (*RESULTS, RECORDS, *FILES):  # of an earlier run
-      (output / name).unlink(missing_ok=True)
+    for file in outputs:  # of an earlier run
+      file.unlink(missing_ok=True)
     self._count, self._failed, self._table = 0, 0, None
     self._lines = self.enter_context((output / RECORDS).open("w+", buffering=1))
     if form == "csv":
@@ -266,14 +271,6 @@ class PictureFiles:
     _mark(self._folder, names.values())
     self._taken |= set(names.values())
     return prefix, names
-
-
-def _check_outputs(folder: pathlib.Path, truth: GroundTruth | None) -> None:
-  for file in filter(os.path.lexists, (folder / name for name in (*RESULTS, RECORDS, *FILES))):
-    if truth is not None and truth.file.resolve() == file.resolve():
-      raise ValueError(f"--coco_ids={truth.file}: would be replaced; use another --output")
-    if file.name not in _marked(folder):
-      raise ValueError(f"{file}: not written by this command; use another --output")
 
 
 def _mark(folder: pathlib.Path, names: Iterable[str]) -> None:

@@ -35,8 +35,8 @@ def log_summary(
   logging.info("parameters:\n%s", table)
   if not is_primary():
     return
-  for advice in advise(config.to_dict()):
-    logging.log(logging.WARNING if advice.is_warning else logging.INFO, advice.text)
+  for level, text in advise(config.to_dict()):
+    logging.log(level, text)
   writer.write_config(as_json(config))
   figures = {f"train_{k}": v for k, v in program.task.batch_figures(batch).items()}
   info, counts = sources["train"].info, count_classes(sources)

@@ -70,14 +70,12 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
       return _evaluate_only(experiment, checkpointer)
 
 
-_FLAGS = ("enable_x64", "numpy_dtype_promotion", "default_matmul_precision", "default_prng_impl")
-
-
 def _run_settings(workdir: epath.Path, options: RunOptions) -> dict[str, Any]:
   """Returns the flags and checkpoints, which must be equal on all processes."""
   workdir = checkpoint.absolute(workdir)
   flags = {f"--{name}": value for name, value in dataclasses.asdict(options).items()}
-  flags |= {f"JAX_{name.upper()}": getattr(jax.config, f"jax_{name}") for name in _FLAGS}
+  names = "enable_x64", "numpy_dtype_promotion", "default_matmul_precision", "default_prng_impl"
+  flags |= {f"JAX_{name.upper()}": getattr(jax.config, f"jax_{name}") for name in names}
   saved = {
     f"newest step in {folder}, a shared directory": max(checkpoint.steps(folder), default=None)
     for folder in (workdir / checkpoint.CHECKPOINTS, workdir / checkpoint.BEST)
@@ -220,7 +218,8 @@ def _evaluate_only(experiment: Experiment, checkpointer: Checkpointer) -> Outcom
   else:
     logging.info("evaluating step %d of %s", step, checkpointer.workdir)
     path = checkpointer.workdir / checkpoint.CHECKPOINTS / str(step)
-    variables = restore_variables(path, program.abstract_variables, left_out=program.left_out)
+    unused = experiment.task.train_only_collections
+    variables = restore_variables(path, program.abstract_variables, left_out=unused)
     distributed.check_equal_arrays(variables)
   others = {name: tree for name, tree in variables.items() if name != "params"}
   state = TrainState(step or 0, variables["params"], others, opt_state=(), ema=None, rng=None)

@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+from absl import logging
 
 from configs import common
 from tests.conftest import system_module
@@ -52,9 +53,9 @@ def test_unscaled_rate_warns(named, words):
   found = advice_for(recipe(*named))
   assert len(found) == len(words)
   for advice, start in zip(found, words, strict=True):
-    assert start in advice.text
-    assert "\n" not in advice.text
-    assert advice.is_warning
+    assert start in advice[1]
+    assert "\n" not in advice[1]
+    assert advice[0] == logging.WARNING
 
 
 @pytest.mark.parametrize(
@@ -77,8 +78,8 @@ def test_unscaled_rate_warns(named, words):
 )
 def test_scaling_recipes_log_change(named, change):
   (advice,) = advice_for(recipe(*named))
-  assert not advice.is_warning
-  assert change in advice.text
+  assert advice[0] == logging.INFO
+  assert change in advice[1]
 
 
 def test_explicit_rate_no_warning():
@@ -97,8 +98,8 @@ def test_batch_size_flag_warns_for_every_optimizer_group():
   config = recipe("igpt", "s_imagenet")
   config.batch_size = 8
   (advice,) = advice_for(config)
-  assert "--config.optimizer.learning_rate=0.00025 (now 0.001)" in advice.text
-  assert "--config.batch_size=128 --config.accumulation_steps=16" in advice.text
+  assert "--config.optimizer.learning_rate=0.00025 (now 0.001)" in advice[1]
+  assert "--config.batch_size=128 --config.accumulation_steps=16" in advice[1]
 
 
 def test_recipe_rate_of_config_arguments():

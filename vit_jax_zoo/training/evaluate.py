@@ -181,7 +181,10 @@ def collect_features(
       labels.append(np.asarray(batch["label"])[real])
     for key, array in feature_probes.by_layer(found).items():
       features.setdefault(key, []).append(array[real])
-  joined = {key: _join_views(arrays, views) for key, arrays in features.items()}
+  joined = {}
+  for key, arrays in features.items():
+    by_view = [np.concatenate(arrays[view::views]) for view in range(views)]
+    joined[key] = by_view[0] if views == 1 else np.stack(by_view, axis=1)
   parts = gather_parts((joined, np.concatenate(labels)), mesh)
   whole = {key: np.concatenate([part[0][key] for part in parts]) for key in joined}
   return Labelled(whole, np.concatenate([part[1] for part in parts]))
@@ -192,9 +195,3 @@ def _each_view(batches: Batches, views: int) -> Iterator[dict[str, np.ndarray]]:
     for view in range(views):
       number = {} if views == 1 else {"view": np.full(len(batch["mask"]), view, np.int32)}
       yield {**batch, **number}
-
-
-def _join_views(arrays: list[np.ndarray], views: int) -> np.ndarray:
-  if views == 1:
-    return np.concatenate(arrays)
-  return np.stack([np.concatenate(arrays[view::views]) for view in range(views)], axis=1)

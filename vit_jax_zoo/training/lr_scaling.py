@@ -6,7 +6,9 @@ al., arXiv:1904.00962 (lamb). Rules of thumb; `accumulation_steps` keeps the rec
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
+
+from absl import logging
 
 FAR = 4  # ratio of batch sizes from which an unscaled learning rate causes a warning, ...
 _CLOSE = 2  # ... unless it is within this factor of the scaled one.
@@ -29,15 +31,8 @@ def scaled_rate(optimizer: str, rate: float, batch_size: int, recipe_batch_size:
   return rate * (ratio if rule_of(optimizer) == "linear" else math.sqrt(ratio))
 
 
-class Advice(NamedTuple):
-  """A log line about batch size and learning rate."""
-
-  text: str
-  is_warning: bool = False
-
-
-def advise(config: Mapping[str, Any]) -> list[Advice]:
-  """Returns advice where batch size and learning rates differ from the recipe's."""
+def advise(config: Mapping[str, Any]) -> list[tuple[int, str]]:
+  """Returns log levels and lines where batch size and learning rates differ from the recipe's."""
   recipe, batch_size = config["recipe"], config["batch_size"]
   if not recipe["batch_size"] or recipe["batch_size"] == batch_size:
     return []
@@ -51,20 +46,17 @@ def advise(config: Mapping[str, Any]) -> list[Advice]:
   return [advice for advice in found if advice is not None]
 
 
-def _advise(group: str, optimizer: Any, rate: float, batch_size: int, usual: int) -> Advice | None:
+def _advise(group: str, optimizer: Any, rate: float, batch_size: int, usual: int) -> Any:
   given, rule = optimizer["learning_rate"], rule_of(optimizer["name"])
   scaled = scaled_rate(optimizer["name"], rate, batch_size, usual)
   section = "optimizer" if group == SINGLE else f"optimizer.{group}"
   change = f"batch_size {batch_size} instead of {usual}"
   if math.isclose(given, scaled, rel_tol=0.02):
-    return Advice(f"{change}: {rule} scaling of the learning rate, {rate:g} -> {given:g}")
+    return logging.INFO, f"{change}: {rule} scaling of the learning rate, {rate:g} -> {given:g}"
   far = max(usual / batch_size, batch_size / usual) >= FAR
   if not far or 1 / _CLOSE <= given / scaled <= _CLOSE:
     return None
   parts = -(-usual // batch_size)
   keep = f"; or keep the batch: --config.batch_size={usual} --config.accumulation_steps={parts}"
-  return Advice(
-    f"{change}: {rule} scaling suggests --config.{section}.learning_rate={scaled:.4g} "
-    f"(now {given:g}){keep if batch_size * parts == usual else ''}",
-    is_warning=True,
-  )
+  advice = f"{rule} scaling suggests --config.{section}.learning_rate={scaled:.4g} (now {given:g})"
+  return logging.WARNING, f"{change}: {advice}{keep if batch_size * parts == usual else ''}"

@@ -94,7 +94,9 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
       self._workdir.mkdir(parents=True, exist_ok=True)
       self._services = open_services(loggers, epath.Path(workdir), **options)
       path = self._workdir / METRICS_FILE
-      _truncate(path, last_step)
+      if path.exists():
+        lines = [line + b"\n" for line, row in _read_rows(path) if row["step"] <= last_step]
+        disk.write(path, b"".join(lines))
       self._file = path.open("a", encoding="utf-8")
       self._tensorboard = None
       if "tensorboard" in loggers:
@@ -275,15 +277,6 @@ def _read_rows(path: epath.Path | pathlib.Path) -> list[tuple[bytes, dict[str, A
   if damaged:
     logging.warning("%s: damaged rows dropped: lines %s", path, ", ".join(damaged[:5]))
   return rows
-
-
-def _truncate(path: pathlib.Path, last_step: int) -> None:
-  """Removes the rows of steps after `last_step`, and damaged ones."""
-  if not path.exists():
-    return
-  content = b"".join(line + b"\n" for line, row in _read_rows(path) if row["step"] <= last_step)
-  if content != path.read_bytes():
-    disk.write(path, content)
 
 
 def _as_float(name: str, value: Any) -> float:

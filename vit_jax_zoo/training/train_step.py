@@ -160,7 +160,6 @@ class EvaluationProgram:
 
   task: Task
   mesh: Mesh
-  left_out: tuple[str, ...]  # sub-trees that are not created: `task.train_only_collections`
   init: Callable[[jax.Array], Variables]  # jitted, so that it is traced once
   abstract_batch: Batch  # the global batch for which variables are initialised
   abstract_variables: Variables
@@ -262,7 +261,6 @@ def build_evaluation(
   return EvaluationProgram(
     task=task,
     mesh=mesh,
-    left_out=left_out,
     init=init,
     abstract_batch=abstract_like(dict(abstract_batch), dict.fromkeys(abstract_batch, split)),
     abstract_variables=abstract_like(abstract, variables),
