@@ -21,7 +21,7 @@ from tpu_compile import compile_for_core
 from vit_jax_zoo.nn.attention import MultiHeadAttention
 from vit_jax_zoo.ops import fused_attention
 from vit_jax_zoo.planning.hardware import find_machine
-from vit_jax_zoo.planning.report import seconds
+from vit_jax_zoo.planning.plan import seconds
 from vit_jax_zoo.systems.fpt import attention as fpt_attention
 from vit_jax_zoo.systems.fpt.attention import Similarity, attend
 from vit_jax_zoo.systems.igpt.model import DecoderBlock

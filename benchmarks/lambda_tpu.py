@@ -24,7 +24,7 @@ from flax import linen as nn
 from tpu_compile import compile_for_core
 
 from vit_jax_zoo.planning.hardware import Machine, find_machine
-from vit_jax_zoo.planning.report import gib, seconds
+from vit_jax_zoo.planning.plan import gib, seconds
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.systems.lambda_resnet.layer import LambdaLayer
 

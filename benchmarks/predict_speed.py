@@ -24,8 +24,7 @@ from PIL import Image
 from skimage import data
 
 from vit_jax_zoo import create_model, predict
-from vit_jax_zoo.inference import create_predictor
-from vit_jax_zoo.inference.base import Options, Trained
+from vit_jax_zoo.inference.base import Options, Trained, create_predictor
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.weights import Preprocess
 

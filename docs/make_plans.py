@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vit_jax_zoo.config import load
-from vit_jax_zoo.planning.report import ASSUMPTIONS, gib, seconds
+from vit_jax_zoo.planning.plan import ASSUMPTIONS, gib, seconds
 from vit_jax_zoo.training import disk
 
 PAGE, PLANS, SLICES, LOCK = (

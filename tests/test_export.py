@@ -14,8 +14,7 @@ from safetensors.numpy import load_file
 from tests.conftest import golden_folder, system_module
 from tests.variables import trace_once  # noqa: F401, a fixture
 from vit_jax_zoo import export, load_pretrained
-from vit_jax_zoo.inference import create_predictor
-from vit_jax_zoo.inference.base import Options
+from vit_jax_zoo.inference.base import Options, create_predictor
 from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.weights import Preprocess, Pretrained, WeightsError
 

@@ -21,8 +21,7 @@ from vit_jax_zoo import export, load_pretrained, trainer
 from vit_jax_zoo.builder import build
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.sources.demo import read_photo
-from vit_jax_zoo.inference import create_predictor
-from vit_jax_zoo.inference.base import Options, read_image
+from vit_jax_zoo.inference.base import Options, create_predictor, read_image
 from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.training.checkpoint import restore_variables
 from vit_jax_zoo.training.metric_writer import read_metrics

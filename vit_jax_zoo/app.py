@@ -24,8 +24,14 @@ from absl import flags
 from vit_jax_zoo import cli
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.errors import escape_controls, one_line
-from vit_jax_zoo.inference import create_predictor, predictor_class
-from vit_jax_zoo.inference.base import Options, Result, list_options, read_image
+from vit_jax_zoo.inference.base import (
+  Options,
+  Result,
+  create_predictor,
+  list_options,
+  predictor_class,
+  read_image,
+)
 from vit_jax_zoo.inference.load import load
 
 FLAGS = flags.FLAGS

@@ -18,29 +18,46 @@ export has a model card, README.md; `--push_to_hub=user/name` uploads it all.
 """
 
 import dataclasses
+import importlib
 import json
-from collections.abc import Sequence
+import pathlib
+import tomllib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import flags, logging
 from etils import epath
 
 from vit_jax_zoo import cli
-from vit_jax_zoo.errors import check_names
-from vit_jax_zoo.inference import model_card
+from vit_jax_zoo.errors import check_names, field_names
 from vit_jax_zoo.inference.load import load_pretrained
-from vit_jax_zoo.inference.programs import plain, write_onnx, write_stablehlo
+from vit_jax_zoo.inference.programs import (
+  NOTES_FILE,
+  plain,
+  preprocessing_steps,
+  write_onnx,
+  write_stablehlo,
+)
 from vit_jax_zoo.registry import family_of, systems, variants
-from vit_jax_zoo.run_metadata import CONFIG_FILE, DATA_FILE
-from vit_jax_zoo.tasks import task_fields
+from vit_jax_zoo.run_metadata import CONFIG_FILE, DATA_FILE, load_run
+from vit_jax_zoo.tasks import task_fields, tasks
+from vit_jax_zoo.training.checkpoint import find_checkpoint, is_checkpoint
+from vit_jax_zoo.training.metric_writer import METRICS_FILE, read_metrics
 from vit_jax_zoo.weights import Pretrained, hub
 from vit_jax_zoo.weights.checkpoint import Export
+from vit_jax_zoo.weights.hub import entries
 from vit_jax_zoo.weights.key_map import unroll
 from vit_jax_zoo.weights.load import flatten_variables, writable_formats
 
 FLAGS = flags.FLAGS
+
+MADE_BY = "exported by vit_jax_zoo"
+_MAX_CLASSES = 1000  # that are listed; config.json has all
+
+_USAGE = tomllib.loads(pathlib.Path(__file__).with_name("usage.toml").read_text())
 
 
 def define_flags() -> None:
@@ -75,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
   _check_output(epath.Path(FLAGS.model), output)
   pretrained = load_pretrained(FLAGS.model, **size)
   write(pretrained, FLAGS.format, FLAGS.output, **options)
-  card = model_card.write(output, FLAGS.format, FLAGS.model, pretrained, FLAGS.license, repository)
+  card = write_card(output, FLAGS.format, FLAGS.model, pretrained, FLAGS.license, repository)
   logging.info("%s written as %s: %s, %s", FLAGS.model, FLAGS.format, output, card)
   if repository:
     logging.info("uploaded: %s", hub.push(repository, output, card))
@@ -88,7 +105,7 @@ def _check_output(model: epath.Path, output: epath.Path) -> None:
   if model.exists() and output.resolve() in (source, *source.parents):
     raise ValueError(f"--output={output}: holds --model={model}; {advice}")
   card = output / "README.md" if output.is_dir() else output.with_suffix(".md")
-  is_export = card.exists() and model_card.MADE_BY.encode() in card.read_bytes()
+  is_export = card.exists() and MADE_BY.encode() in card.read_bytes()
   if output.exists() and not is_export and (not output.is_dir() or any(output.iterdir())):
     raise ValueError(f"--output={output}: holds what is no export, as it has no {card}; {advice}")
 
@@ -105,10 +122,7 @@ def formats_of(family: str) -> tuple[str, ...]:
 
 
 def write(pretrained: Pretrained, form: str, path: str, **options: Any) -> None:
-  """Writes a model in one of `formats_of` its family; ValueError if the format is another.
-
-  `options` are those of `programs.make_program`, for programs.
-  """
+  """Writes a model in a format of `formats_of`, else ValueError; `options`: of `make_program`."""
   family = family_of(pretrained.model)
   check_names(f"format of {family}", [form], formats_of(family))
   if form in PROGRAMS:
@@ -154,6 +168,99 @@ def write_orbax(pretrained: Pretrained, family: str, path: str) -> None:
   }
   for file, content in ((CONFIG_FILE, config), (DATA_FILE, data)):
     (folder / file).write_text(json.dumps(plain(content), indent=1) + "\n")
+
+
+def write_card(
+  output: epath.Path, form: str, source: str, pretrained: Pretrained, license_id: str, hub_name: str
+) -> epath.Path:
+  """Writes the card of an export: `README.md` of a folder, "<name>.md" beside a file.
+
+  `source` is the run, file or name that was exported; `license_id` one of the hub's identifiers;
+  `hub_name` "user/name" on the hub, or "". Without `huggingface_hub` the card has no metadata. A
+  README.md that is no such card is kept.
+  """
+  card = output / "README.md" if output.is_dir() else output.with_suffix(".md")
+  if card.exists() and MADE_BY not in card.read_text():
+    logging.warning("%s: not a model card of this package; kept", card)
+    return card
+  dataset, scores = _training(source)
+  title, model = hub_name or output.name, pretrained.model
+  defaults = {f.name: f.default for f in dataclasses.fields(model)}
+  fields = {name: getattr(model, name) for name in field_names(model)}
+  others = {name: value for name, value in fields.items() if value != defaults[name]}
+  task = tasks()[pretrained.task] if pretrained.task else None
+  names = pretrained.class_names
+  listed = [*names[:_MAX_CLASSES], *([f"... ({len(names)} in all)"] * (len(names) > _MAX_CLASSES))]
+  classes = "".join(["\n\nClasses:\n", *(f"\n- {name}" for name in listed)]) if names else ""
+  count = sum(leaf.size for leaf in jax.tree.leaves(pretrained.variables["params"]))
+  steps = enumerate(preprocessing_steps(pretrained), 1)
+  sections = {
+    "Use": f"```python\n{_usage(output, form, hub_name)}```",
+    "Architecture": f"{type(model).__name__}, {count:,} parameters.\n\n{_table(others)}",
+    "Data": f"Training data: {dataset or 'unknown'}." + classes,
+    "Metrics": _table(scores) if scores else "Not measured.",
+    "Preprocessing": "\n".join(f"{i}. {step}" for i, step in steps),
+  }
+  text = f"# {title}\n\nLicence: {license_id}; {MADE_BY} as `{form}`.\n"
+  text += "".join(f"\n## {name}\n\n{content}\n" for name, content in sections.items())
+  metadata = {
+    "license": license_id,
+    "library_name": _USAGE.get(form, _USAGE["other"])["library"],
+    "pipeline_tag": task and task.hub_task,
+    "tags": ["vit_jax_zoo", family_of(model)],
+  }
+  card.write_text(_front_matter(title, dataset, scores, **metadata) + text)
+  return card
+
+
+def _training(source: str) -> tuple[str, dict[str, Any]]:
+  """Returns the training data in words, and the scores of the checkpoint, as far as known."""
+  if not is_checkpoint(source):
+    entry = entries().get(source)
+    return "", {f"reported score ({entry.source})": entry.score} if entry else {}
+  checkpoint = find_checkpoint(source)
+  workdir = next(p for p in (checkpoint, *checkpoint.parents) if (p / CONFIG_FILE).exists())
+  evaluations = tuple(f"{name}/" for name in load_run(workdir)[0]["data"]["eval"])
+  data, rows = json.loads((workdir / DATA_FILE).read_text()), []
+  if (workdir / METRICS_FILE).exists():
+    rows = [row for row in read_metrics(workdir) if str(row["step"]) == checkpoint.name]
+  scores = {k: v for row in rows for k, v in row.items() if k.startswith(evaluations)}
+  return f"{data['name']}, {data['num_examples']} examples" if "name" in data else "", scores
+
+
+def _front_matter(title: str, dataset: str, scores: Mapping[str, Any], **metadata: Any) -> str:
+  try:
+    hub = importlib.import_module("huggingface_hub")
+  except ImportError:
+    logging.info("model card: no metadata of the hub; pip install -e '.[hub]'")
+    return ""
+  task, name = metadata["pipeline_tag"], dataset.partition(",")[0]
+  results = [hub.EvalResult(task, name, name, *x) for x in scores.items() if name and task]
+  more = {"model_name": title, "eval_results": results} if results else {}
+  return f"---\n{hub.ModelCardData(**metadata, **more).to_yaml()}\n---\n\n"
+
+
+def _table(values: Mapping[str, Any]) -> str:
+  rows = {k: f"{v:.4g}" if isinstance(v, float) else plain(v) for k, v in values.items()}
+  return "\n".join(["| name | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
+
+
+def _usage(output: epath.Path, form: str, hub_name: str) -> str:
+  """Returns code that loads the export, in the format's library and here."""
+  name, path = hub_name or str(output), json.dumps(str(output))
+  if hub_name:
+    file = "" if output.is_dir() else f', "{output.name}"'
+    path = f'huggingface_hub.{"hf_hub" if file else "snapshot"}_download("{hub_name}"{file})'
+  fields = {"path": path, "name": name, "timm": f"{'hf-hub' if hub_name else 'local-dir'}:{name}"}
+  if form == "hf":
+    fields["architecture"] = json.loads((output / "config.json").read_text())["architectures"][0]
+  elif (notes_file := output / NOTES_FILE).exists():
+    notes = json.loads(notes_file.read_text())
+    inputs = [name for name in ("images", "image_size") if name in notes]
+    fields["inputs"] = ", ".join(inputs)
+    fields["feed"] = ", ".join(f'"{name}": {name}' for name in inputs)
+  code = _USAGE.get(form, _USAGE["other"])["code"].format(**fields)
+  return "import huggingface_hub\n" * ("huggingface_hub." in path) + code
 
 
 if __name__ == "__main__":

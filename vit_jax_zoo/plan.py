@@ -11,6 +11,7 @@ traffic, and lower bounds on the time of a step, an epoch and the run. A TPU sli
 and batch size fit. `python docs/make_plans.py` plans every recipe.
 """
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
@@ -22,8 +23,7 @@ from ml_collections import ConfigDict
 from vit_jax_zoo import cli
 from vit_jax_zoo.config import load
 from vit_jax_zoo.planning.hardware import Machine, find_machine, simulated_slice
-from vit_jax_zoo.planning.plan import Plan, best, make_plan, search
-from vit_jax_zoo.planning.report import mesh, report, table
+from vit_jax_zoo.planning.plan import Plan, best, make_plan, mesh, report, search, table
 
 FLAGS = flags.FLAGS
 
@@ -62,8 +62,8 @@ def main(argv: Sequence[str]) -> int:
   chosen = best(tried) or tried[-1]
   cli.show(report(chosen))
   if FLAGS.output:
-    others = {"tried": [plan.as_json() for plan in tried]} if FLAGS.search else {}
-    text = json.dumps(chosen.as_json() | others, indent=1) + "\n"
+    others = {"tried": [dataclasses.asdict(plan) for plan in tried]} if FLAGS.search else {}
+    text = json.dumps(dataclasses.asdict(chosen) | others, indent=1) + "\n"
     pathlib.Path(FLAGS.output).write_text(text, encoding="utf-8")
   return 0 if chosen.fits else 1
 

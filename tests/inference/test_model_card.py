@@ -17,7 +17,7 @@ from etils import epath
 from tests import command
 from tests.conftest import golden_folder, system_module
 from vit_jax_zoo import export, load_pretrained
-from vit_jax_zoo.inference import model_card
+from vit_jax_zoo.export import write_card
 from vit_jax_zoo.weights import hub
 
 system_module("vit")
@@ -86,7 +86,7 @@ def test_usage_has_inputs_of_program(tmp_path):
     ("stablehlo", "program.call(images, image_size)"),
     ("onnx", 'session.run(None, {"images": images, "image_size": image_size})'),
   ):
-    card = model_card.write(epath.Path(tmp_path), form, "vit_hf_a", loaded, "mit", "")
+    card = write_card(epath.Path(tmp_path), form, "vit_hf_a", loaded, "mit", "")
     assert call in code_of(card.read_text())
     assert "zoo.load_pretrained" in code_of(card.read_text())
 
@@ -95,7 +95,7 @@ def test_readme_of_others_is_kept(tmp_path):
   (tmp_path / "README.md").write_text("mine")
   loaded = load_pretrained(str(golden_folder("vit_hf_a")))
   export.write(loaded, "hf", str(tmp_path))
-  model_card.write(epath.Path(tmp_path), "hf", "vit_hf_a", loaded, "mit", "")
+  write_card(epath.Path(tmp_path), "hf", "vit_hf_a", loaded, "mit", "")
   assert (tmp_path / "README.md").read_text() == "mine"
 
 

@@ -17,11 +17,11 @@ from tests.conftest import golden_folder
 from vit_jax_zoo import load_pretrained, predict
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms import build_transforms
-from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import (
   Options,
   Predictor,
   Result,
+  create_predictor,
   list_options,
   read_image,
 )

@@ -12,8 +12,7 @@ from PIL import Image
 
 import vit_jax_zoo as zoo
 from tests.configs.recipes import CASES
-from vit_jax_zoo.inference import create_predictor
-from vit_jax_zoo.inference.base import Options
+from vit_jax_zoo.inference.base import Options, create_predictor
 from vit_jax_zoo.inference.load import load
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import skimage.data
 
-from vit_jax_zoo.inference import traced_preprocess
+from vit_jax_zoo.inference import programs
 from vit_jax_zoo.weights import Preprocess
 
 PHOTO = skimage.data.astronaut()
@@ -29,7 +29,7 @@ def resize_symbolic(preprocess):
   names = jax.export.symbolic_shape("b, h, w", constraints=["h >= 2", "w >= 2"])
   spec = jax.ShapeDtypeStruct((*names, 3), np.uint8)
   size = preprocess.image_size
-  function = jax.jit(lambda images: traced_preprocess.resize(images, preprocess, size)[0])
+  function = jax.jit(lambda images: programs.traced_resize(images, preprocess, size)[0])
   return jax.export.export(function)(spec).call
 
 
@@ -66,7 +66,7 @@ def test_sizes_equal_preprocess(fit, rounding):
   limit = 133 if fit == "shorter_side" and rounding != "nearest" else None
   preprocess = Preprocess((80, 80), fit=fit, rounding=rounding, max_side=limit)
   sizes = np.random.default_rng(0).integers(20, 400, (400, 2))
-  found = jax.jit(jax.vmap(lambda h, w: traced_preprocess.resized_size(preprocess, h, w)))
+  found = jax.jit(jax.vmap(lambda h, w: programs.traced_size(preprocess, h, w)))
   found = np.stack(found(*sizes.T.astype(np.float32)), axis=1)
   difference = np.abs(found - [preprocess.resized_size(*map(int, size)) for size in sizes])
   assert difference.max() <= 1
@@ -76,7 +76,7 @@ def test_sizes_equal_preprocess(fit, rounding):
 def test_padding_is_zero():
   preprocess = Preprocess((16, 16), interpolation="bilinear", fit="shorter_side", max_side=24)
   image = np.ascontiguousarray(PHOTO[:40, :50])
-  resize = jax.jit(lambda images: traced_preprocess.resize(images, preprocess, (32, 32)))
+  resize = jax.jit(lambda images: programs.traced_resize(images, preprocess, (32, 32)))
   found, sides, given = resize(image[None])
   expected = preprocess.resize(image)
   assert tuple(sides) == expected.shape[:2] == (16, 20)

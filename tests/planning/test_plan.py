@@ -31,10 +31,10 @@ from vit_jax_zoo.planning.plan import (
   make_plan,
   meshes,
   needed_memory,
-  remat_policies,
+  report,
   search,
+  table,
 )
-from vit_jax_zoo.planning.report import report, table
 from vit_jax_zoo.training.sharding import ShardingRuleError, create_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def test_report_and_json(plan):
   text = report(plan)
   for word in ("fits", "parameters", "optimizer state", "activations", "temporaries", "all-"):
     assert word in text
-  read = json.loads(json.dumps(plan.as_json()))
+  read = json.loads(json.dumps(dataclasses.asdict(plan)))
   assert read["memory"]["peak"] == plan.memory.peak
   assert read["mesh"]["fsdp"] == 8
 
@@ -112,7 +112,7 @@ def test_optimization_level_reported(plan, machine):
     quick = make_plan(tiny("--config.model.depth=1"), two, name="tiny")
   finally:
     jax.config.update("jax_optimization_level", before)
-  assert quick.as_json()["optimization_level"] == "O1"
+  assert dataclasses.asdict(quick)["optimization_level"] == "O1"
   assert "JAX_OPTIMIZATION_LEVEL=O1" in report(quick)
 
 
@@ -184,16 +184,6 @@ def test_meshes_config_first_and_divide_batch():
   assert all(8 % (size["data"] * size["fsdp"]) == 0 for size in found)
   assert len({tuple(size.values()) for size in found}) == len(found)
   assert meshes(config, 8)[0] == {"data": 2, "fsdp": 4, "model": 1}
-
-
-def test_remat_policies_only_for_models_with_remat():
-  assert remat_policies(ConfigDict({"model": {"remat": "full"}})) == [
-    "none",
-    "dots",
-    "attention",
-    "full",
-  ]
-  assert remat_policies(ConfigDict({"model": {}})) == [None]
 
 
 @pytest.mark.multidevice

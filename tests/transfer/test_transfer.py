@@ -20,10 +20,8 @@ from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import Task
 from vit_jax_zoo.transfer import __main__ as command
-from vit_jax_zoo.transfer import vtab as benchmarks
-from vit_jax_zoo.transfer.extract import Extractor
-from vit_jax_zoo.transfer.suites import SUITES, Outcome, Request, run_suites
-from vit_jax_zoo.transfer.vtab import VtabTask
+from vit_jax_zoo.transfer import suites as benchmarks
+from vit_jax_zoo.transfer.suites import SUITES, Dataset, Extractor, Outcome, Request, run_suites
 
 FIT, TEST = "train[:300]", "test[:120]"
 
@@ -97,11 +95,11 @@ def test_vtab_protocol(digits, tmp_path, monkeypatch):
   """On embedded data: sizes, held-out images, means by group."""
   monkeypatch.setattr(benchmarks, "VTAB_TRAIN", 300)
   monkeypatch.setattr(benchmarks, "VTAB_VALIDATION", 80)
-  task = VtabTask("natural", "demo:digits", FIT, TEST, TEST)
+  task = Dataset("demo:digits", (FIT, TEST, TEST), group="natural")
   ends = ("0:40", "60:100", "130:170", "200:240")
   learned = "+".join(f"train[{end}]" for end in ends)
-  photos = VtabTask("structured", "demo:photos", learned, "test[:80]", "test[:80]")
-  missing = VtabTask("specialized", "tfds:eurosat/rgb", "train", "train")
+  photos = Dataset("demo:photos", (learned, "test[:80]", "test[:80]"), group="structured")
+  missing = Dataset("tfds:eurosat/rgb", ("train", "train", "test"), group="specialized")
   table = {"digits": task, "photos": photos, "eurosat": missing}
   monkeypatch.setattr(benchmarks, "VTAB", table)
   source_sizes = []

@@ -13,7 +13,7 @@ from tests.variables import trace_once  # noqa: F401, a fixture
 from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.weights import WeightsError, key_map
-from vit_jax_zoo.weights.infer import count, outputs_of, side
+from vit_jax_zoo.weights.checkpoint import count, outputs_of, side
 
 BLOCK = "Transformer/encoderblock_0"
 FIRST = {  # the arrays that determine sizes, per file

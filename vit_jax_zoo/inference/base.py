@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, SupportsIndex, TypeAlias, overload
 
+import jax
 import numpy as np
 import PIL.Image
 from faster_coco_eval.core import mask as run_lengths
@@ -24,7 +25,7 @@ from vit_jax_zoo.data import images as image_files
 from vit_jax_zoo.data.sources.base import CorruptExampleError
 from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.figures.canvas import render
-from vit_jax_zoo.registry import CORE, Option, systems
+from vit_jax_zoo.registry import CORE, Option, registry_of, systems
 from vit_jax_zoo.tasks.base import Task, Variables
 
 Image: TypeAlias = UInt8[np.ndarray, "h w 3"]  # A user's picture, decoded: RGB, upright, any size
@@ -167,10 +168,9 @@ class Predictor(abc.ABC):
   @overload
   def __call__(self, images: Iterable[ImageLike]) -> list[Result]: ...
   def __call__(self, images: Any) -> Any:
-    """Returns the result of an image, or a list of the results of several, computed in batches.
+    """Returns the result of an image, or the list of several, computed in batches.
 
-    An image is a path, a PIL image or an RGB array, uint8 [h w 3]. ValueError for one that cannot
-    be read or predicted.
+    An image is what `read_image` takes; ValueError for one that cannot be read or predicted.
     """
     is_file = isinstance(images, str | os.PathLike | bytes | PIL.Image.Image)
     is_single = is_file or getattr(images, "ndim", 0) in (2, 3)
@@ -180,6 +180,21 @@ class Predictor(abc.ABC):
         raise result
       results.append(result)
     return results[0] if is_single else results
+
+
+def predictor_class(trained: Trained) -> type[Predictor]:
+  """Returns the class of the predictor of a model's task; ValueError without one."""
+  return registry_of("task to predict with", "predictors")[trained.task.name]
+
+
+def create_predictor(trained: Trained, options: Options) -> Predictor:
+  """Returns the predictor of a model's task; ValueError without one, or for an invalid option."""
+  kind = predictor_class(trained)
+  if unread := sorted(options.given - kind.reads):
+    supported = ", ".join(f"--{option}" for option in sorted(kind.reads))
+    raise ValueError(f"--{unread[0]}: not supported by this model's task; expected {supported}")
+  trained = dataclasses.replace(trained, variables=jax.device_put(trained.variables))
+  return kind(trained, options)
 
 
 def read_image(source: ImageLike) -> Image:
@@ -206,10 +221,7 @@ def read_image(source: ImageLike) -> Image:
 def predict_each(
   predictor: Predictor, sources: Iterable[ImageLike]
 ) -> Iterator[tuple[Image | None, Result | ValueError]]:
-  """Yields each source's image and result in order; or the error, if it cannot be predicted.
-
-  `workers` threads read and prepare the next images, of a batch or one each; none later are held.
-  """
+  """Yields each source's image and result, or error, in order; few are read ahead, in threads."""
 
   def _load(source: ImageLike) -> tuple[Image | None, Any]:
     try:
@@ -252,3 +264,28 @@ def _predict_groups(
     except ValueError as error:
       results |= dict.fromkeys(members, error)
   return results
+
+
+MAX_PROGRAMS = 32  # compiled sizes of images that a predictor keeps, about 15 MB each
+
+
+def jit_by_image_size(
+  predict: Callable[[Any, Mapping[str, Any]], Any],
+) -> Callable[[Any, Mapping[str, Any]], Any]:
+  """Returns `jax.jit(predict)` with bounded memory for images of many sizes."""
+
+  @functools.lru_cache(MAX_PROGRAMS)
+  def program(_: tuple[int, ...]) -> Callable[[Any, Mapping[str, Any]], Any]:
+    return jax.jit(functools.partial(predict))  # jax.jit shares programs between equal functions
+
+  return lambda variables, batch: program(batch["image"].shape)(variables, batch)
+
+
+def pad_example(
+  example: Mapping[str, Any], round_up: Callable[[int], int]
+) -> dict[str, np.ndarray]:
+  """Returns `image`, zero-padded to sides by `round_up`, and `image_size` without padding."""
+  image = np.asarray(example["image"])
+  size = np.asarray(example.get("image_size", image.shape[:2]), np.int32)
+  padding = [(0, round_up(side) - side) for side in image.shape[:2]]
+  return {"image": np.pad(image, (*padding, (0, 0))), "image_size": size}

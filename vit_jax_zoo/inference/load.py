@@ -16,8 +16,8 @@ from vit_jax_zoo.data.transforms import Transform, build_transforms
 from vit_jax_zoo.data.transforms.detection import ResizeShorter
 from vit_jax_zoo.data.transforms.image import CentralCrop, Resize, ResizeSmall, height_width
 from vit_jax_zoo.errors import field_names, one_line, shorten
-from vit_jax_zoo.inference import base, create_predictor
-from vit_jax_zoo.inference.base import Image, Trained
+from vit_jax_zoo.inference import base
+from vit_jax_zoo.inference.base import Image, Trained, create_predictor
 from vit_jax_zoo.registry import create_model, family_of, systems
 from vit_jax_zoo.run_metadata import CONFIG_FILE, RunData, fill_from_data, load_run, main_evaluation
 from vit_jax_zoo.tasks import create_task, task_fields, tasks

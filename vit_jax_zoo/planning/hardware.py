@@ -45,11 +45,7 @@ _FIGURES: Mapping[str, tuple[float, float, float]] = {
 
 
 def find_chip(device_kind: str) -> Chip | None:
-  """Returns a device's data, None if unknown.
-
-  >>> find_chip("TPU v5 lite").memory == 16 * GIB, find_chip("cpu")
-  (True, None)
-  """
+  """Returns a device's data by `device.device_kind`, None if unknown."""
   found = [name for name in _FIGURES if re.search(rf"\b{re.escape(name)}\b", device_kind)]
   peak = peak_flops(device_kind)
   if not found or peak is None:

@@ -36,6 +36,8 @@ _FREE = (
 _WHOLE = ("broadcast", "iota", "copy-start", "all-gather-start", "collective-permute-start")
 """Instructions of which only the result counts; for the last three it includes the bytes read."""
 
+_SLICES = ("dynamic-slice", "slice", "gather")
+
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _NAME = re.compile(r"%?([\w.-]+)")
@@ -52,21 +54,11 @@ class Instruction:
   name: str  # without "%"
   shape: str  # of the result, as text
   opcode: str
-  operands: tuple[str, ...]  # names of the arguments
+  operands: Sequence[str]  # names of the arguments
   rest: str  # attributes, as text
   is_root: bool  # whether it is the computation's result
-
-  @property
-  def called(self) -> tuple[str, ...]:
-    """Computations that run with this instruction, except a loop's condition."""
-    return tuple(_CALLED.findall(self.rest))
-
-  @property
-  def branches(self) -> tuple[str, ...]:
-    """Computations of which one runs."""
-    found = _BRANCHES.search(self.rest)
-    names = ",".join(filter(None, found.groups())) if found else ""
-    return tuple(_NAME.findall(names))
+  called: Sequence[str]  # computations that run with this instruction, except a loop's condition
+  branches: Sequence[str]  # computations of which one runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +81,9 @@ class Traffic:
   def add(self, other: "Traffic") -> None:
     """Adds other traffic in place."""
     self.memory_bytes += other.memory_bytes
+    self.loops_of_unknown_length += other.loops_of_unknown_length
     for kind, sent in other.collective_bytes.items():
       self.collective_bytes[kind] = self.collective_bytes.get(kind, 0.0) + sent
-    self.loops_of_unknown_length += other.loops_of_unknown_length
 
 
 def traffic(text: str) -> Traffic:
@@ -139,13 +131,17 @@ def _instruction(line: str) -> Instruction:
   operands = re.findall(r"%([\w.-]+)", right[opening : closing + 1])
   if right.startswith(("constant", "parameter")):
     operands = [right[opening + 1 : closing]]
+  rest = right[closing + 1 :]
+  branches = _BRANCHES.search(rest)
   return Instruction(
     name=left.removeprefix("ROOT ").lstrip("%"),
     shape=shape,
     opcode=right[:opening],
-    operands=tuple(operands),
-    rest=right[closing + 1 :],
+    operands=operands,
+    rest=rest,
     is_root=left.startswith("ROOT"),
+    called=_CALLED.findall(rest),
+    branches=_NAME.findall(",".join(filter(None, branches.groups()))) if branches else (),
   )
 
 
@@ -162,9 +158,8 @@ def _closing(text: str, opening: int) -> int:
 def shape_bytes(shape: str, *, main_memory: bool = False) -> float:
   """Returns the bytes of all arrays, or those in main memory, of a shape in HLO syntax.
 
-  >>> shape_bytes("(f32[2,3]{1,0}, bf16[8]{0:S(1)})"), shape_bytes("bf16[8]{0:S(1)}",
-  ...   main_memory=True)
-  (40.0, 0.0)
+  >>> shape_bytes("(f32[2,3]{1,0}, bf16[8]{0:S(1)})")
+  40.0
   """
   total = 0.0
   for kind, sides, layout in _ARRAY.findall(shape):
@@ -255,7 +250,7 @@ def _moved(module: Module, instruction: Instruction, shapes: Mapping[str, Instru
   if opcode == "fusion":
     return sum(_moved_by_fusion(module, instruction, shapes))
   written = shape_bytes(instruction.shape, main_memory=True)
-  if opcode in ("dynamic-slice", "slice", "gather"):
+  if opcode in _SLICES:
     in_main_memory = _read(instruction.operands[0], shapes) > 0
     return written + (shape_bytes(instruction.shape) if in_main_memory else 0.0)
   if opcode == "dynamic-update-slice":
@@ -297,11 +292,9 @@ def _moved_by_fusion(
 
 def _part(user: Instruction, name: str | None) -> float | None:
   """Returns the bytes that an instruction reads of an operand; None: all of it."""
-  if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
-    return shape_bytes(user.shape)
-  if user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-    return 0.0
-  return None
+  if user.opcode not in (*_SLICES, "dynamic-update-slice") or user.operands[0] != name:
+    return None
+  return shape_bytes(user.shape) if user.opcode in _SLICES else 0.0
 
 
 def _roots(lines: Sequence[Instruction], by_name: Mapping[str, Instruction]) -> list[Instruction]:

@@ -1,6 +1,6 @@
 """Compiles a config's training step for a machine: memory, FLOPs, traffic, lower bound on time.
 
-The bound is a roofline; `report.ASSUMPTIONS` lists its assumptions. `search` compares meshes.
+The bound is a roofline; `ASSUMPTIONS` lists its assumptions. `search` compares meshes.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,15 @@ from vit_jax_zoo.training.sharding import ShardingRuleError, batch_ways
 from vit_jax_zoo.training.train_step import Program
 
 SECONDS_PER_DAY = 86_400
+ASSUMPTIONS = (
+  "a step takes the longest of compute, memory traffic and network traffic, each at the chip's "
+  "stated peak and fully overlapped",
+  "collectives are rings over all links of a chip; per device, they send (n-1)/n of an array, and "
+  "twice that for an all-reduce",
+  "FLOPs (matrix products and convolutions) are counted from the jaxpr, traffic from the compiled "
+  "program, both with all loop iterations and recomputation (remat)",
+  "evaluation, checkpoints and input are not included",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,25 +64,19 @@ class Roofline:
   compute: float
   memory: float
   network: float
-
-  @property
-  def step(self) -> float:
-    """The largest of the three."""
-    return max(self.compute, self.memory, self.network)
-
-  @property
-  def bound(self) -> str:
-    """Name of the largest."""
-    return max(("compute", "memory", "network"), key=lambda part: getattr(self, part))
+  step: float  # the largest of the three
+  bound: str  # its name
 
 
 def roofline(chip: Chip, *, flops: float, memory_bytes: float, network_bytes: float) -> Roofline:
   """Returns the lower bounds of a step from its figures per device."""
-  return Roofline(
-    compute=flops / chip.peak_flops,
-    memory=memory_bytes / chip.memory_bandwidth,
-    network=network_bytes / chip.network_bandwidth,
-  )
+  times = {
+    "compute": flops / chip.peak_flops,
+    "memory": memory_bytes / chip.memory_bandwidth,
+    "network": network_bytes / chip.network_bandwidth,
+  }
+  bound = max(times, key=lambda part: times[part])
+  return Roofline(**times, step=times[bound], bound=bound)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +111,6 @@ class Plan:
   jax_version: str = jax.__version__
   date: str = ""
 
-  def as_json(self) -> dict[str, Any]:
-    """Returns nested dicts, lists and numbers."""
-    found = dataclasses.asdict(self)
-    if self.roofline is not None:
-      found["roofline"] |= {"step": self.roofline.step, "bound": self.roofline.bound}
-    return found
-
 
 def make_plan(
   config: ConfigDict,
@@ -130,7 +126,7 @@ def make_plan(
   largest = max((batch for _, batch in kinds), key=_size)
   program = parts.program(largest)
   state, batch = program.abstract_state, program.abstract_batch
-  level = getattr(jax.config, "jax_optimization_level", "UNKNOWN")
+  level = getattr(jax.config, "jax_optimization_level", None)
   level = None if level == "UNKNOWN" else level
   with jax.set_mesh(parts.mesh):
     flops = count_flops(program.train_step, state, batch) / len(machine.devices)
@@ -181,7 +177,7 @@ def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) 
       raise RuntimeError(f"{plan.config}: does not compile for {machine.name}: {error}") from None
     memory = dataclasses.replace(plan.memory, peak=needed_memory(str(error), plan.memory))
     return dataclasses.replace(plan, memory=memory)
-  seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+  wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start
   found, moved = compiled.memory_analysis(), hlo.traffic(text)
   # In use at once: arguments, results not aliased with them, temporaries.
   results = found.output_size_in_bytes - found.alias_size_in_bytes
@@ -195,7 +191,7 @@ def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) 
     memory=dataclasses.replace(plan.memory, temporary=temporary, code=code, peak=peak),
     memory_bytes=moved.memory_bytes,
     network_bytes=moved.collective_bytes,
-    compile_seconds=seconds,
+    compile_seconds=wall,
     compile_cpu_seconds=cpu,
     notes=plan.notes + [note] * bool(loops),
   )
@@ -216,7 +212,7 @@ def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) 
 
 
 def compile_text(lowered: Any) -> tuple[Any, str]:
-  """Compiles a lowered program; returns it, and its optimised HLO text.
+  """Returns a lowered program compiled, and its optimised HLO text.
 
   jaxlib cannot always print libtpu's programs: the largest file that XLA dumps is the program.
   """
@@ -258,10 +254,9 @@ def device_bytes(tree: Any) -> float:
 
 
 def activation_bytes(program: Program, accumulation_steps: int = 1) -> float:
-  """Returns the bytes per device of the residuals of differentiation, which remat avoids.
+  """Returns the bytes per device of the residuals of differentiation, before fusion by XLA.
 
-  Before fusion by XLA, split as the batch is; without parameters and other inputs; of the optimizer
-  group with the most.
+  Of the optimizer group with the most, without parameters and inputs, split as the batch is.
   """
   batch = {
     key: jax.ShapeDtypeStruct((leaf.shape[0] // accumulation_steps, *leaf.shape[1:]), leaf.dtype)
@@ -315,8 +310,8 @@ def _size(batch: Mapping[str, np.ndarray]) -> int:
 
 
 def _image_shape(batch: Mapping[str, np.ndarray]) -> tuple[int, ...]:
-  largest = batch["image"] if "image" in batch else max(batch.values(), key=lambda v: v.size)
-  return tuple(int(side) for side in largest.shape[1:])
+  largest = batch["image"] if "image" in batch else max(batch.values(), key=np.size)
+  return tuple(map(int, largest.shape[1:]))
 
 
 def search(config: ConfigDict, machine: Machine, *, name: str) -> Iterator[Plan]:
@@ -325,8 +320,9 @@ def search(config: ConfigDict, machine: Machine, *, name: str) -> Iterator[Plan]
   Meshes that cannot split the batch or the model's layers are skipped. Raises ValueError, one line,
   about a config that is invalid on every mesh.
   """
+  policies = [None] if config.model.get("remat") is None else list(REMAT_POLICIES)
   for sizes in meshes(config, len(machine.devices)):
-    for remat in remat_policies(config):
+    for remat in policies:
       candidate = copy.deepcopy(config)
       overrides = [f"--config.sharding.mesh.{axis}={size}" for axis, size in sizes.items()]
       candidate.sharding.mesh = dict(sizes)
@@ -343,13 +339,7 @@ def search(config: ConfigDict, machine: Machine, *, name: str) -> Iterator[Plan]
 
 
 def meshes(config: ConfigDict, num_devices: int) -> list[dict[str, int]]:
-  """Returns the meshes to try, the config's own first; none twice, none that splits no batch.
-
-  >>> from vit_jax_zoo.config import complete
-  >>> meshes(complete(ConfigDict({"batch_size": 4})), 8)
-  [{'data': 4, 'fsdp': 1, 'model': 2}, {'data': 1, 'fsdp': 4, 'model': 2}, \
-{'data': 2, 'fsdp': 1, 'model': 4}, {'data': 1, 'fsdp': 2, 'model': 4}]
-  """
+  """Returns the meshes to try, the config's own first; none twice, none that splits no batch."""
   own = dict(config.sharding.mesh)
   rest = num_devices // math.prod(size for size in own.values() if size != -1)
   tried = [{axis: rest if size == -1 else size for axis, size in own.items()}]
@@ -366,12 +356,122 @@ def meshes(config: ConfigDict, num_devices: int) -> list[dict[str, int]]:
   return found
 
 
-def remat_policies(config: ConfigDict) -> list[str | None]:
-  """Returns the remat policies to try; [None] for models without the field."""
-  return list(REMAT_POLICIES) if config.model.get("remat") is not None else [None]
-
-
 def best(plans: list[Plan]) -> Plan | None:
   """Returns the fastest plan that fits; of equal ones, that with most free memory."""
   fitting = [plan for plan in plans if plan.fits]
   return min(fitting, key=lambda p: (p.step_seconds or 0.0, p.memory.peak), default=None)
+
+
+def report(plan: Plan) -> str:
+  """Returns all figures of a plan, one per line, and its assumptions."""
+  memory = plan.memory
+  shapes = ["x".join(map(str, shape)) for _, shape in plan.batch_shapes]
+  several = " (the largest is compiled)" if len(shapes) > 1 else ""
+  rows = [
+    ("config", " ".join((plan.config, *plan.overrides))),
+    ("machine", f"{plan.machine}: {plan.num_devices} x {plan.device_kind}, mesh {mesh(plan)}"),
+    (
+      "batch",
+      f"{plan.batch_size} of {', '.join(shapes)}{several}, {plan.accumulation_steps} "
+      "micro-batch(es)",
+    ),
+    ("remat", plan.remat or "-"),
+    ("fits", _verdict(plan)),
+    ("  parameters", gib(memory.params)),
+    ("  optimizer state", gib(memory.optimizer)),
+    ("  other state", gib(memory.other_state)),
+    ("  batch", gib(memory.batch)),
+    ("  activations", f"{gib(memory.activations)} for the backward pass, before fusion by XLA"),
+    ("  temporaries", f"{gib(memory.temporary)}, including activations and gradients"),
+    ("  program", gib(memory.code)),
+    ("FLOPs", _count(plan.flops, "FLOP")),
+    *_traffic_rows(plan),
+    *_time_rows(plan),
+  ]
+  width = max(len(name) for name, _ in rows)
+  lines = [f"{name:<{width}}  {text}" for name, text in rows]
+  notes = [*plan.notes, *(ASSUMPTIONS if plan.roofline else ())]
+  if notes:
+    lines += ["", "Per device and step, assuming:", *(f"  * {note}" for note in notes)]
+  return "\n".join(lines)
+
+
+def table(plans: Sequence[Plan]) -> str:
+  """Returns one line for each plan, to compare meshes."""
+  head = f"{'mesh':<28} {'remat':<10} {'fits':<4} {'peak':>10} {'min step time':>13}  bound by"
+  rows = [
+    f"{mesh(p):<28} {p.remat or '-':<10} {'yes' if p.fits else 'no':<4} "
+    f"{gib(p.memory.peak):>10} {seconds(p.step_seconds):>13}  "
+    f"{p.roofline.bound if p.roofline else '-'}"
+    for p in plans
+  ]
+  return "\n".join([head, *rows])
+
+
+def mesh(plan: Plan) -> str:
+  """Returns the sizes of the mesh's axes with more than one device."""
+  used = [f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1]
+  return " x ".join(used) or "one device"
+
+
+def gib(size: float | None) -> str:
+  """Formats a number of bytes: 1.50 GiB, 3.0 MiB, or - for None."""
+  if size is None:
+    return "-"
+  return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
+
+
+def seconds(value: float | None) -> str:
+  """Formats a time in seconds: 12.3 ms, 2.50 s, or - for None."""
+  if value is None:
+    return "-"
+  return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
+
+
+def _verdict(plan: Plan) -> str:
+  memory = plan.memory
+  if memory.peak is None:
+    return "no: the compiler ran out of memory"
+  if memory.limit is None:
+    return f"unknown: peak {gib(memory.peak)}; the device does not report its memory"
+  return f"{'yes' if plan.fits else 'NO'}: {gib(memory.peak)} of {gib(memory.limit)}"
+
+
+def _count(value: float, unit: str) -> str:
+  for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+    if value >= size:
+      return f"{value / size:.2f} {prefix}{unit}"
+  return f"{value:.0f} {unit}"
+
+
+def _thousands(value: float) -> str:
+  return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _traffic_rows(plan: Plan) -> list[tuple[str, str]]:
+  if plan.memory_bytes is None or plan.network_bytes is None:
+    return []
+  kinds = [f"{kind} {_count(sent, 'B')}" for kind, sent in sorted(plan.network_bytes.items())]
+  total = _count(sum(plan.network_bytes.values()), "B")
+  return [
+    ("memory traffic", _count(plan.memory_bytes, "B")),
+    ("network traffic", f"{total} ({', '.join(kinds)})" if kinds else "none"),
+    ("compile time", f"{plan.compile_seconds:.0f} s ({plan.compile_cpu_seconds:.0f} CPU s)"),
+  ]
+
+
+def _time_rows(plan: Plan) -> list[tuple[str, str]]:
+  least = plan.roofline
+  if least is None or plan.step_seconds is None:
+    return [("min step time", "unknown: no peak rates of this device")] if plan.fits else []
+  parts = ", ".join(f"{p} {seconds(getattr(least, p))}" for p in ("compute", "memory", "network"))
+  rows = [("min step time", f"{seconds(least.step)} ({parts})")]
+  if plan.step_seconds != least.step:
+    rows.append(("mean step time", seconds(plan.step_seconds)))
+  days = plan.days or 0.0
+  total = f"{_thousands(days)} days" if days >= 2 else f"{24 * days:.3g} hours"
+  return [
+    *rows,
+    ("max rate", f"{_thousands(plan.epochs_per_day or 0.0)} epochs a day"),
+    ("min total time", f"{total} in total ({plan.num_steps:,} steps)"),
+  ]

@@ -40,8 +40,14 @@ from vit_jax_zoo.figures.curves import draw_accuracies, draw_shots
 from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.metrics.feature_probes import PROBES
 from vit_jax_zoo.training.disk import write_json
-from vit_jax_zoo.transfer.extract import Extractor
-from vit_jax_zoo.transfer.suites import SUITES, Outcome, Request, run_suites, summarize_vtab
+from vit_jax_zoo.transfer.suites import (
+  SUITES,
+  Extractor,
+  Outcome,
+  Request,
+  run_suites,
+  summarize_vtab,
+)
 
 FLAGS = flags.FLAGS
 

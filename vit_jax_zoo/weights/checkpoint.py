@@ -1,11 +1,14 @@
 """A published checkpoint after reading: its arrays, key table, and the model's fields.
 
 Every format returns a `Checkpoint`. A family whose parameters depend on the image size (position
-tables) derives a class and overrides `choose_size`, `at_size` and `fit_positions_to`.
+tables) derives a class and overrides `choose_size`, `at_size` and `fit_positions_to`. `side`,
+`outputs_of` and `count` infer fields, each from the first of several arrays: a file with a missing
+or misshapen one is still recognised, and all its problems are reported together.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -76,10 +79,7 @@ class Checkpoint:
   def choose_size(
     self, model: Any, requested: Size | None, trained: Size | None
   ) -> tuple[Size, "Checkpoint"]:
-    """Returns the image size to make variables for, and the checkpoint with its `image_size`.
-
-    `requested` and `trained` (the training size) are the user's arguments.
-    """
+    """Returns the image size to make variables for, from the user's, and `self` with its own."""
     del model
     size = requested or trained or self.image_size or self.preprocess.image_size
     return size, self.replace(image_size=trained or self.image_size)
@@ -100,8 +100,7 @@ class Checkpoint:
   ) -> "Checkpoint":
     """Returns the checkpoint with arrays that depend on the image size resized for `size`.
 
-    `target` are the model's variables by path, with shapes; `method` is the interpolation of
-    position embeddings, None: the publisher's.
+    `target` are the model's variables by path; `method` resizes positions, None: the publisher's.
     """
     del target, model, size, method
     return self
@@ -144,3 +143,27 @@ class Export:
   def fields(self) -> dict[str, Any]:
     """Returns the model's fields by name."""
     return {name: getattr(self.model, name) for name in field_names(self.model)}
+
+
+Place: TypeAlias = tuple[str, int, int]
+"""Location of a size: regular expression of keys, their number of axes, axis."""
+
+
+def side(arrays: Mapping[str, np.ndarray], *places: Place) -> int | None:
+  """Returns a size from the first matching array; None if there is none."""
+  for pattern, rank, axis in places:
+    for key, array in arrays.items():
+      if array.ndim == rank and re.fullmatch(pattern, key):
+        return array.shape[axis]
+  return None
+
+
+def outputs_of(arrays: Mapping[str, np.ndarray], layer: str) -> int | None:
+  """Returns the number of outputs of a PyTorch dense layer from its weight or bias, else None."""
+  return side(arrays, (rf"{layer}\.bias", 1, 0), (rf"{layer}\.weight", 2, 0))
+
+
+def count(keys: Iterable[str], pattern: str) -> int:
+  """Returns the number of layers; the pattern's group is a layer's number, from 0."""
+  numbers = [int(match[1]) for key in keys if (match := re.match(pattern, key))]
+  return 1 + max(numbers, default=-1)

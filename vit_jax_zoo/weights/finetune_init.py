@@ -43,14 +43,11 @@ def fit_to_model(
   Args:
     source: variables of a run, numpy arrays.
     variables: initial variables of the model to train.
-    name: name of the source, for error messages.
+    name: of the source, for the ValueError about missing, unused, misshapen or non-finite arrays.
     source_grid: of the source's position table: 36 rows may be 6 x 6 or 4 x 9.
-    grid: of the model's. If either is unknown, tables of equal length are copied, and one to be
-      resized is assumed to be square.
-    optional: sub-trees, such as "params/discriminator", that may exist in one of the two only: the
-      model's keeps its value, the source's is ignored.
-
-  Raises ValueError for missing, unused, misshapen or non-finite arrays, and wrong grids.
+    grid: of the model's; without either, tables to be resized are assumed to be square.
+    optional: sub-trees, such as "params/discriminator", that one of the two may lack: the model's
+      keeps its value, the source's is ignored.
   """
   adapted, problems = dict(variables), list[str]()
   for collection in source.keys() & variables.keys():
@@ -153,9 +150,8 @@ def load_parts(
 ) -> dict[str, Any]:
   """Returns the variables, arrays or shapes, with pretrained networks read into parts of them.
 
-  The source of a part is a file; or the variables of a network trained with this package that is
-  the part, or has a part of that name. Parts that do not exist in `variables` are ignored. Raises
-  ValueError if a file is missing or holds another network.
+  The source of a part is a file, or the variables of a run of a network that is the part, or has
+  one of that name. Parts that `variables` lacks are ignored; ValueError for another network.
   """
   flat: dict[str, Any] = dict(traverse_util.flatten_dict(dict(variables), sep="/"))
   readers = registry_of("part of a model", "part_readers")
@@ -204,10 +200,7 @@ def _path_within(path: str, part: str) -> str | None:
 
 
 def _part_of(network: Mapping[str, Any], part: str, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
-  """Returns the arrays of a part from a network that contains it, or that is it plus a head.
-
-  A frozen norm's statistics are a trained norm's parameters, and the reverse.
-  """
+  """Returns a part's arrays from a network that contains it, or that is it plus a head."""
   is_whole = part not in network["params"]
   trees = [network.get(name, {}) for name in ("params", "batch_stats")]
   trees = trees if is_whole else [tree.get(part, {}) for tree in trees]

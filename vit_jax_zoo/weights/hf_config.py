@@ -1,6 +1,7 @@
-"""Hugging Face's JSON files beside weights: preprocessing and names of classes."""
+"""JSON files of transformers and timm beside weights: preprocessing and names of classes."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from vit_jax_zoo.weights.checkpoint import Size
+from vit_jax_zoo.weights.checkpoint import Export, Size
 from vit_jax_zoo.weights.key_map import Flat, WeightsError
 from vit_jax_zoo.weights.preprocess import PILLOW_FILTERS, Preprocess, crop_fraction
 from vit_jax_zoo.weights.readers import Published, write_safetensors
@@ -20,7 +21,7 @@ def check_config(
 ) -> None:
   """Raises WeightsError for no `config.json`, one without `needed` keys, or of an unknown model.
 
-  `supported` has values by key or "section.key"; a key that is missing in the file passes.
+  A key of `supported`, or its "section.key", has that value or is missing.
   """
   path, config = published.path, published.config
   if not published.has_config:
@@ -73,10 +74,7 @@ def mean_and_std(
 def size_of(
   given: Any, field: str, known: Iterable[Sequence[str]], source: str = _PROCESSOR
 ) -> dict[str, int]:
-  """Returns the sides by name, one of the `known` sets of names in its order, as transformers.
-
-  A number is the side of a square, two are height and width.
-  """
+  """Returns the sides by name, one of the `known` sets in its order; of one or two numbers, too."""
   sides: Any = [given, given] if isinstance(given, int) else given
   if isinstance(sides, list) and len(sides) == 2:
     sides = dict(zip(("height", "width"), sides, strict=True))
@@ -98,10 +96,9 @@ _DEFAULTS = {"DeiT": _DEIT, "Beit": _BEIT, "CLIP": _CLIP, "Bit": _CLIP}
 
 
 def read_preprocess(processor: Mapping[str, Any], size: Size, kind: str) -> Preprocess:
-  """Returns the preprocessing of an image classifier's `preprocessor_config.json`.
+  """Returns the preprocessing that `preprocessor_config.json` states; {}: transformers' defaults.
 
-  `processor` is its content, {} for transformers' defaults; `size` the default height and width;
-  `kind` begins the name of the model's own processor.
+  `size` is the default height and width; `kind` begins the name of the model's own processor.
   """
   own = processor.get("image_processor_type") or processor.get("feature_extractor_type") or kind
   if not str(own).startswith((kind, *_DEFAULTS)):
@@ -140,10 +137,7 @@ def read_preprocess(processor: Mapping[str, Any], size: Size, kind: str) -> Prep
 
 
 def read_class_names(config: Mapping[str, Any], count: int) -> dict[str, Any]:
-  """Returns the names of a model's `count` classes in a `config.json`, as a field of the task.
-
-  {} if there are none; classes without a name get their id as their name, with a warning.
-  """
+  """Returns `class_names` of a `config.json` for the task, {} without any; a missing one is its id."""
   try:
     stated = {int(key): str(name) for key, name in (config.get("id2label") or {}).items()}
   except (AttributeError, ValueError) as error:
@@ -215,3 +209,83 @@ def processor_of(
     crop = {"do_center_crop": True, "crop_size": {"height": final[0], "width": final[1]}}
     processor |= {"image_processor_type": "CLIPImageProcessor", **crop}
   return processor
+
+
+_FITS = {"center": "crop", "squash": "squash"}
+
+
+def read_timm(published: Published, default: Preprocess) -> dict[str, Any]:
+  """Returns a checkpoint's `preprocess`, `task_fields`, and `image_size`, None if not stated."""
+  config = published.config
+  for key in ("pretrained_cfg", "model_args"):
+    if not isinstance(config.get(key) or {}, Mapping):
+      raise WeightsError(f"{published.path}: config.json: {key} is not an object")
+  given = config.get("pretrained_cfg") or config  # older files have its fields at the top
+  stated = _numbers(published, given, "input_size", 3)
+  interpolation, mode = given.get("interpolation", "bicubic"), given.get("crop_mode", "center")
+  if interpolation not in PILLOW_FILTERS or mode not in _FITS:
+    logging.warning(
+      "%s: interpolation %r or crop_mode %r is not supported; bicubic interpolation and a central "
+      "crop replace what is not", published.path, interpolation, mode,
+    )  # fmt: skip
+  preprocess = Preprocess(
+    default.image_size if stated is None else (int(stated[1]), int(stated[2])),
+    mean=_numbers(published, given, "mean", 1, 3) or default.mean,
+    std=_numbers(published, given, "std", 1, 3) or default.std,
+    fit=_FITS.get(mode, "crop"),
+    interpolation=interpolation if interpolation in PILLOW_FILTERS else "bicubic",
+    crop_pct=(_numbers(published, given, "crop_pct", 1) or (default.crop_pct,))[0],
+  )
+  names = config.get("label_names") or given.get("label_names") or config.get("labels") or ()
+  return {
+    "preprocess": preprocess,
+    "image_size": None if stated is None else preprocess.image_size,
+    "task_fields": {"class_names": tuple(map(str, names))} if names else {},
+  }
+
+
+def _numbers(
+  published: Published, given: Mapping[str, Any], field: str, *counts: int
+) -> tuple[float, ...] | None:
+  value, lowest = given.get(field), -math.inf if field == "mean" else 0
+  found = value if isinstance(value, list) else [value]
+  is_known = len(found) in counts and all(type(x) in (int, float) for x in found)
+  if value is not None and not (is_known and all(lowest < x < math.inf for x in found)):
+    expected = f"{' or '.join(map(str, counts))} numbers above {lowest}"
+    raise WeightsError(f"{published.path}: config.json: {field} is {value!r}; expected {expected}")
+  return None if value is None else tuple(map(float, found))
+
+
+def write_timm(
+  path: str, arrays: Flat, export: Export, base: tuple[str, Any], arguments: Any
+) -> None:
+  """Writes timm's folder; `base`: its model that `arguments` change, and the sizes that differ."""
+  architecture, other_sizes = base
+  preprocess, names = export.preprocess, list(export.class_names)
+  num_classes = export.fields()["num_classes"] or 0
+  fit = {ours: theirs for theirs, ours in _FITS.items()}.get(preprocess.fit)
+  is_known = preprocess.interpolation in PILLOW_FILTERS
+  if fit is None or not is_known:
+    logging.warning(
+      "config.json: timm has no preprocessing with %s, %s; the nearest one is written",
+      preprocess.fit, preprocess.interpolation,
+    )  # fmt: skip
+  others = ", ".join(f"{name} {value}" for name, value in other_sizes.items())
+  config = {
+    "architecture": architecture,
+    "num_classes": num_classes,
+    **({"label_names": names} if names else {}),
+    "model_args": dict(arguments),
+    "pretrained_cfg": {
+      **({"description": f"{architecture} with {others}"} if others else {}),
+      "input_size": [preprocess.channels, *preprocess.image_size],
+      "mean": preprocess.means,
+      "std": preprocess.stds,
+      "interpolation": preprocess.interpolation if is_known else "bilinear",
+      "crop_pct": preprocess.crop_pct,
+      "crop_mode": fit or "center",
+      "num_classes": num_classes,
+      "fixed_input_size": False,
+    },
+  }
+  write_folder(path, arrays, config=config)

@@ -63,13 +63,9 @@ def paper_scores() -> Mapping[str, tuple[str, str]]:
 def resolve(name: str) -> str:
   """Returns the local or `gs://` path of a checkpoint; downloads it if necessary.
 
-  `name` is an existing path, a key of `entries()`, a URL, or "owner/name" on the
-  Hugging Face hub.
-
-  Raises:
-    WeightsError: the name is unknown, or a download is not the published file.
-    OSError: the download failed; one line.
-    ImportError: it is on the hub, and `huggingface_hub` is not installed.
+  `name` is an existing path, a key of `entries()`, a URL, or "owner/name" on the Hugging Face hub.
+  Raises WeightsError for an unknown name or another file than the published one, OSError (one line)
+  if a download fails, ImportError without `huggingface_hub`.
   """
   if name.startswith(("http://", "https://")):
     return download(name)
@@ -100,11 +96,10 @@ def _hint(name: str) -> str:
 
 
 def download(url: str, *, sha256: str = "", folder: str = "") -> str:
-  """Downloads a file unless it is cached; returns its path.
+  """Downloads a file unless it is cached; returns its path. OSError if that fails.
 
-  The file gets its name only after it is complete and its checksum, of which `sha256` may be a
-  prefix, matches. `folder` is a subfolder of the cache, by default derived from the URL. Raises
-  OSError if the download fails.
+  It gets its name only when it is complete, and `sha256`, possibly a prefix, matches. `folder` is a
+  subfolder of the cache, by default derived from the URL.
   """
   file = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rsplit("/", 1)[-1]
   cache = epath.Path(os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)).expanduser()
@@ -146,10 +141,7 @@ def _transfer(url: str, target: epath.Path) -> str:
 
 
 def push(name: str, output: epath.Path, card: epath.Path) -> str:
-  """Uploads a folder, or a file and its card, to "user/name" on the Hugging Face hub.
-
-  Returns the commit's address. OSError, in one line and without the token, if that fails.
-  """
+  """Uploads a folder, or a file and its card, to "user/name" on the hub; returns the address."""
   hub = _import_hub(f"--push_to_hub={name}: needs huggingface_hub")
   try:
     api = hub.HfApi()

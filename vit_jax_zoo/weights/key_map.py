@@ -1,12 +1,9 @@
 """Key tables: published keys to parameter paths and back.
 
-A table is a tuple of rows `(published key, our path, transform)`. Keys and paths are patterns with
-numbers in braces: "blocks.{i}.norm1.weight" <-> "encoder/block_{i}/attention_norm/scale". The same
-rows read and write:
-
-* reading uses, for each parameter, the first row that matches its path and whose key the file has:
-  several rows for one path are alternative published names;
-* writing uses the first row of each path.
+A table is a tuple of rows `(published key, our path, transform)`, with numbers in braces:
+"blocks.{i}.norm1.weight" <-> "encoder/block_{i}/attention_norm/scale". Reading uses, for each
+parameter, the first row that matches its path and whose key the file has, so that several rows for
+one path are alternative published names; writing uses the first row of each path.
 
 Tables contain unrolled layers only (`block_0/...`); `unroll` and `stack` convert from and to
 scanned layers (`blocks/...`, with a leading axis; of a ResNet's stage the units after the first,

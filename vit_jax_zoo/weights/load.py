@@ -40,10 +40,7 @@ def formats() -> dict[Format, ModuleType]:
 
 
 def read_checkpoint(path: str) -> Checkpoint:
-  """Reads a published file or folder of any registered format; WeightsError if it cannot be read.
-
-  Raises ImportError if a package needed for reading is not installed.
-  """
+  """Reads a published file or folder of any registered format; else WeightsError, ImportError."""
   published = read_published(path)
   found = next((item for item in formats().items() if item[1].is_of(published.arrays)), None)
   if found is None:
@@ -100,21 +97,17 @@ def load_pretrained(
   Args:
     path: a file or folder in any registered format, local or `gs://bucket/...` (needs gcsfs; not
       tested with a real bucket); a published name such as "vit_b16_imagenet21k"; a URL; or
-      "owner/name" on the Hugging Face hub: see `hub.resolve`.
+      "owner/name" on the Hugging Face hub: see `hub.resolve`, also for its errors.
     image_size: side, or height and width, of the images; position embeddings on a grid are
       interpolated. By default the training size.
-    source_image_size: training size; needed only if it is not square and the file does not state
-      it.
-    resize: interpolation of position embeddings, a key of `ops.resize.METHODS`; None: that of the
-      publisher's code.
+    source_image_size: training size, if it is not square and the file does not state it.
+    resize: interpolation of positions, a key of `ops.resize.METHODS`; None: the publisher's.
     **overrides: fields of the model. If `num_classes` differs, the head is zero-initialised;
       `num_classes=None` drops it. Without a layer of the file below the head, the head is
       zero-initialised, too. timm's files do not state `num_heads`; give it if it is inferred wrong.
 
-  Raises:
-    ValueError: the file is missing, in no known format, or does not fit.
-    ImportError: a package needed for reading is not installed.
-    OSError: the download failed.
+  Raises ValueError if the file is in no known format or does not fit, ImportError if a package
+  needed for reading is not installed.
   """
   checkpoint = read_checkpoint(hub.resolve(path))
   kind = model_classes()[checkpoint.family]
@@ -156,10 +149,9 @@ def load_into(
   """Returns the variables of an existing model, read from a published checkpoint.
 
   Heads and collections that the file lacks (a palette) keep their values from `variables`, arrays
-  or `jax.ShapeDtypeStruct`s (zeros then). If a task trains the model beside other networks
-  (`Checkpoint.trained_network`), only the model is read. `position_grid` is the height and width,
-  in tokens, of the model's grid; needed if it is not square and differs from the file's. `path`,
-  `resize` and the errors are those of `load_pretrained`.
+  or `jax.ShapeDtypeStruct`s (zeros then). Of a task's several networks only the model is read.
+  `position_grid` is the model's height and width in tokens, needed if it is not square and differs
+  from the file's. `path`, `resize` and the errors are those of `load_pretrained`.
   """
   checkpoint = read_checkpoint(hub.resolve(path))
   checkpoint = checkpoint.fit_positions_to(flatten_variables(variables), position_grid, resize)

@@ -209,9 +209,9 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
 
 
 def read_npy(stream: Any, size: int, name: str) -> np.ndarray:
-  """Reads an array in numpy's format from a seekable file of so many bytes, `size`.
+  """Reads an array in numpy's format from a seekable file of `size` bytes.
 
-  Raises EOFError, before allocating, if the header claims more; ValueError for no array of numbers.
+  EOFError, before allocating, if the header claims more; ValueError for no array of numbers.
   """
   is_first = np.lib.format.read_magic(stream) == (1, 0)
   read_header = getattr(np.lib.format, f"read_array_header_{1 if is_first else 2}_0")
@@ -229,11 +229,7 @@ _TORCH_WRAPPERS = (*_EMA_WRAPPERS, "model", "state_dict", "model_state_dict", "n
 
 
 def read_torch(path: str) -> Flat:
-  """Returns the state dict of a local or `gs://` PyTorch file, as numpy arrays by key.
-
-  16-bit floats become float32. Of a training checkpoint only the model is read: its moving average
-  if there is one, as timm does. Raises WeightsError for other files, and for those with code.
-  """
+  """Returns the state dict of a PyTorch file, of its moving average if there is one, as timm does."""
   torch = _import_torch(path, "convert the file to safetensors")
   with local_copy(path) as file:
     found = _load_torch(torch, file, path)

@@ -31,11 +31,7 @@ _TYPES = {
 
 
 def find_prefix(path: str) -> str | None:
-  """Returns the common prefix of a checkpoint's files, or None if there are none.
-
-  `path` is that prefix, the `.index` file, or a folder, whose checkpoint with the highest step is
-  taken.
-  """
+  """Returns a checkpoint's prefix, given it, an `.index` file or a folder (last step), or None."""
   location = epath.Path(path)
   if location.exists() and location.is_dir():
     files = [file for file in location.iterdir() if file.suffix == ".index" and file.is_file()]

@@ -9,7 +9,7 @@ from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.sources import tfds as tfds_source
 from vit_jax_zoo.data.sources.tfds import RULES
 from vit_jax_zoo.data.transforms import pixels
-from vit_jax_zoo.transfer import vtab as benchmarks
+from vit_jax_zoo.transfer import suites as benchmarks
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ import pytest
 
 from tests.variables import trace_once  # noqa: F401, a fixture
 from vit_jax_zoo import export, load_pretrained
-from vit_jax_zoo.inference import create_predictor
-from vit_jax_zoo.inference.base import Options
+from vit_jax_zoo.inference.base import Options, create_predictor
 from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.inference.programs import make_program, padding_notes, program_size
 from vit_jax_zoo.systems.detr.model import Detr

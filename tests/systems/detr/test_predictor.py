@@ -18,8 +18,7 @@ from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import predict, trainer
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms.detection import decode_segments
-from vit_jax_zoo.inference import create_predictor
-from vit_jax_zoo.inference.base import Options
+from vit_jax_zoo.inference.base import Options, create_predictor
 from vit_jax_zoo.inference.load import load
 
 

@@ -7,8 +7,7 @@ import pytest
 from tests.systems.rcnn.test_model import check_outputs, check_proposals, tiny
 from tests.systems.rcnn.test_predictor import SMALL
 from tests.variables import random_variables
-from vit_jax_zoo.inference import create_predictor
-from vit_jax_zoo.inference.base import Options, Trained
+from vit_jax_zoo.inference.base import Options, Trained, create_predictor
 from vit_jax_zoo.systems.rcnn.model import RCNN
 from vit_jax_zoo.tasks import create_task
 

@@ -5,8 +5,7 @@ import pytest
 from flax import linen as nn
 from matplotlib.figure import Figure
 
-from vit_jax_zoo.inference import create_predictor
-from vit_jax_zoo.inference.base import Options, Trained
+from vit_jax_zoo.inference.base import Options, Trained, create_predictor
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.systems.fpt.predictor import SegmentationPredictor
 from vit_jax_zoo.tasks import create_task

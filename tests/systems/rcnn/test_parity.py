@@ -9,8 +9,7 @@ import pytest
 from faster_coco_eval.core import mask as run_lengths
 
 from vit_jax_zoo import export, load_pretrained
-from vit_jax_zoo.inference import create_predictor
-from vit_jax_zoo.inference.base import Options
+from vit_jax_zoo.inference.base import Options, create_predictor
 from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.ops.mask_paste import paste_masks
 

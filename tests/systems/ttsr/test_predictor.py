@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax_zoo.inference import create_predictor
-from vit_jax_zoo.inference.base import Options, Trained
+from vit_jax_zoo.inference.base import Options, Trained, create_predictor
 from vit_jax_zoo.systems.ttsr.model import TTSR
 from vit_jax_zoo.systems.ttsr.predictor import SuperResolutionPredictor, cut
 from vit_jax_zoo.systems.ttsr.task import SuperResolution

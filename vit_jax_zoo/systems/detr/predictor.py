@@ -9,9 +9,17 @@ import numpy as np
 
 from vit_jax_zoo.errors import name_of
 from vit_jax_zoo.figures.detection import draw_detections
-from vit_jax_zoo.inference.base import Image, Options, Picture, Predictor, Result, Trained
+from vit_jax_zoo.inference.base import (
+  Image,
+  Options,
+  Picture,
+  Predictor,
+  Result,
+  Trained,
+  jit_by_image_size,
+  pad_example,
+)
 from vit_jax_zoo.inference.coco_json import box_annotation
-from vit_jax_zoo.inference.image_sizes import jit_by_image_size, pad_example
 from vit_jax_zoo.metrics.mask_ap import encode_masks, original_masks
 from vit_jax_zoo.systems.detr.figures import draw_query_attention, paint_segments
 from vit_jax_zoo.systems.detr.panoptic import Segmentation, found_segments

@@ -7,8 +7,15 @@ import cv2
 import jax
 import numpy as np
 
-from vit_jax_zoo.inference.base import Image, Options, Picture, Predictor, Result, Trained
-from vit_jax_zoo.inference.image_sizes import jit_by_image_size
+from vit_jax_zoo.inference.base import (
+  Image,
+  Options,
+  Picture,
+  Predictor,
+  Result,
+  Trained,
+  jit_by_image_size,
+)
 from vit_jax_zoo.systems.fpt.figures import color_labels
 
 OPACITY = 0.55  # of the class colors in the overlay

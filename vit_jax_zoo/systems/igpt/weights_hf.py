@@ -12,8 +12,7 @@ import numpy as np
 
 from vit_jax_zoo.systems.igpt.weights_openai import TRANSPOSED, checkpoint_of, palette_beside
 from vit_jax_zoo.weights import hf_config
-from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
-from vit_jax_zoo.weights.infer import side
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, side
 from vit_jax_zoo.weights.key_map import KEEP, Flat, Row, Transform, WeightsError, write
 from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_layouts import PARTS, join_qkv, split_qkv

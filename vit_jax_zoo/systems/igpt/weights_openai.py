@@ -8,9 +8,8 @@ import numpy as np
 from etils import epath
 
 from vit_jax_zoo.systems.igpt.palette import read_palette
-from vit_jax_zoo.weights.checkpoint import Checkpoint
+from vit_jax_zoo.weights.checkpoint import Checkpoint, side
 from vit_jax_zoo.weights.hub import Entry
-from vit_jax_zoo.weights.infer import side
 from vit_jax_zoo.weights.key_map import KEEP, Flat, Row, Transform
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published

@@ -9,11 +9,10 @@ import numpy as np
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.systems.lambda_resnet.layer import LambdaLayer
 from vit_jax_zoo.systems.lambda_resnet.model import VARIANTS
-from vit_jax_zoo.weights import timm_config
+from vit_jax_zoo.weights import hf_config
 from vit_jax_zoo.weights import torch_layouts as layouts
 from vit_jax_zoo.weights.backbones import Backbone
-from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
-from vit_jax_zoo.weights.infer import outputs_of, side
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size, outputs_of, side
 from vit_jax_zoo.weights.key_map import Array, Flat, Row, Transform, WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
@@ -89,7 +88,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
   # timm's model cards: 256 pixels, bicubic, center crop of 94 % (50ts: 95 %).
   crop_pct = 0.95 if fields["activation"] == "silu" else 0.94
   default = Preprocess((256, 256), IMAGENET_MEAN, IMAGENET_STD, crop_pct=crop_pct)
-  settings = timm_config.read(published, default)
+  settings = hf_config.read_timm(published, default)
   fields |= _stated_fields(published)
   if size := settings["image_size"] or _size_of_tables(arrays):
     settings |= {"preprocess": settings["preprocess"].at_size(size), "image_size": size}
@@ -148,7 +147,7 @@ def write_checkpoint(path: str, export: Export) -> None:
   arrays, others = write_flat(export.variables), dict(arguments)
   if (size := _size_of_tables(arrays)) is not None:
     arguments["img_size"] = list(size)
-  timm_config.write(path, arrays, export, (name, others), arguments)
+  hf_config.write_timm(path, arrays, export, (name, others), arguments)
 
 
 _ARGUMENTS = {"receptive_field": "r", "num_heads": "num_heads", "dim_k": "dim_head"}

@@ -14,9 +14,8 @@ import numpy as np
 from etils import epath
 
 from vit_jax_zoo.systems.vit import weights_common as common
-from vit_jax_zoo.weights.checkpoint import Export
+from vit_jax_zoo.weights.checkpoint import Export, count, side
 from vit_jax_zoo.weights.hub import Entry
-from vit_jax_zoo.weights.infer import count, side
 from vit_jax_zoo.weights.key_map import CHANNELS_4D, Flat, Row, WeightsError, unroll, write
 from vit_jax_zoo.weights.readers import Published
 

@@ -13,8 +13,7 @@ import numpy as np
 from vit_jax_zoo.systems.vit import weights_common as common
 from vit_jax_zoo.weights import hf_config
 from vit_jax_zoo.weights import torch_layouts as layouts
-from vit_jax_zoo.weights.checkpoint import Export
-from vit_jax_zoo.weights.infer import count, outputs_of, side
+from vit_jax_zoo.weights.checkpoint import Export, count, outputs_of, side
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, unroll, write
 from vit_jax_zoo.weights.readers import Published
 

@@ -12,9 +12,8 @@ from absl import logging
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.systems.vit import weights_common as common
 from vit_jax_zoo.systems.vit.model import VARIANTS
-from vit_jax_zoo.weights import timm_config
-from vit_jax_zoo.weights.checkpoint import Export
-from vit_jax_zoo.weights.infer import count, outputs_of, side
+from vit_jax_zoo.weights import hf_config
+from vit_jax_zoo.weights.checkpoint import Export, count, outputs_of, side
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, unroll, write
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
@@ -154,7 +153,7 @@ def _infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str,
 
 def read_checkpoint(published: Published) -> common.VitCheckpoint:
   """Reads a file, and the `config.json` beside it, if there is one."""
-  settings = timm_config.read(published, Preprocess((224, 224), HALF, HALF, crop_pct=0.9))
+  settings = hf_config.read_timm(published, Preprocess((224, 224), HALF, HALF, crop_pct=0.9))
   path, stated_name = published.path, published.config.get("architecture") or ""
   if not isinstance(stated_name, str):
     raise WeightsError(f"{path}: architecture is {stated_name!r}; expected a name of timm")
@@ -239,7 +238,7 @@ def write_checkpoint(path: str, export: Export) -> None:
     "no_embed_class": with_cls and not own_row,
     "global_pool": _POOLS[fields["pool"]],
   }
-  timm_config.write(path, arrays, export, _architecture(fields), arguments)
+  hf_config.write_timm(path, arrays, export, _architecture(fields), arguments)
 
 
 _SIZES = {
