@@ -23,7 +23,7 @@ from tests.conftest import system_module
 from tests.test_readme import blocks, commands, module_of
 from vit_jax_zoo import create_model
 from vit_jax_zoo.weights import Preprocess
-from vit_jax_zoo.weights.checkpoint import Export
+from vit_jax_zoo.weights.checkpoint import Pretrained
 from vit_jax_zoo.weights.load import flatten_variables
 
 vit_npz = system_module("vit", "weights_google")
@@ -54,7 +54,7 @@ def write_weights(clone):
   model = create_model("vit_b16", num_classes=3, scan_layers=False)
   variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
   flat = {path: np.asarray(array) for path, array in flatten_variables(variables).items()}
-  export = Export("vit", model, flat, Preprocess((224, 224)))
+  export = Pretrained(model, flat, Preprocess((224, 224)), {})
   vit_npz.write_checkpoint(str(clone / "ViT-B_16.npz"), export)
   folder = clone / "google" / "vit-base-patch16-224"
   folder.mkdir(parents=True)

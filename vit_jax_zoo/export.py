@@ -32,7 +32,7 @@ from absl import flags, logging
 from etils import epath
 
 from vit_jax_zoo import cli
-from vit_jax_zoo.errors import check_names, field_names
+from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.inference.load import load_pretrained
 from vit_jax_zoo.inference.programs import (
   NOTES_FILE,
@@ -47,7 +47,6 @@ from vit_jax_zoo.tasks import task_fields, tasks
 from vit_jax_zoo.training.checkpoint import find_checkpoint, is_checkpoint
 from vit_jax_zoo.training.metric_writer import METRICS_FILE, read_metrics
 from vit_jax_zoo.weights import Pretrained, hub
-from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.hub import entries
 from vit_jax_zoo.weights.key_map import unroll
 from vit_jax_zoo.weights.load import flatten_variables, writable_formats
@@ -133,24 +132,20 @@ def write(pretrained: Pretrained, form: str, path: str, **options: Any) -> None:
     writable_formats(family)[form].write_checkpoint(path, export_of(pretrained))
 
 
-def export_of(pretrained: Pretrained) -> Export:
-  """Returns the input of the writers of published formats."""
-  model, preprocess = pretrained.model, pretrained.preprocess
+def export_of(pretrained: Pretrained) -> Pretrained:
+  """Returns the input of the writers of published formats: variables by path, layers unrolled."""
   flat = {key: np.asarray(x) for key, x in flatten_variables(pretrained.variables).items()}
-  task = {"task": pretrained.task, "task_fields": pretrained.task_fields}
-  return Export(family_of(model), model, unroll(flat), preprocess, **task)
+  return dataclasses.replace(pretrained, variables=unroll(flat))
 
 
 def write_orbax(pretrained: Pretrained, family: str, path: str) -> None:
   """Writes a checkpoint for `--model` and `init_from`, with its config beside it."""
   folder = epath.Path(path).absolute()
   folder.mkdir(parents=True, exist_ok=True)
-  checkpointer = ocp.StandardCheckpointer()
-  checkpointer.save(folder / "variables", pretrained.variables, force=True)
-  checkpointer.wait_until_finished()
-  checkpointer.close()
+  with ocp.StandardCheckpointer() as checkpointer:  # which waits until it is written
+    checkpointer.save(folder / "variables", pretrained.variables, force=True)
   size, preprocess = pretrained.config.get("image_size"), pretrained.preprocess
-  fields, names = export_of(pretrained).fields(), task_fields(pretrained.task)
+  fields, names = pretrained.fields(), task_fields(pretrained.task)
   from_data = {"num_classes": None, "class_names": None}
   numbers = {"image_mean": preprocess.mean, "image_std": preprocess.std}
   task = {**pretrained.task_fields, **numbers, **from_data}
@@ -186,7 +181,7 @@ def write_card(
   dataset, scores = _training(source)
   title, model = hub_name or output.name, pretrained.model
   defaults = {f.name: f.default for f in dataclasses.fields(model)}
-  fields = {name: getattr(model, name) for name in field_names(model)}
+  fields = pretrained.fields()
   others = {name: value for name, value in fields.items() if value != defaults[name]}
   task = tasks()[pretrained.task] if pretrained.task else None
   names = pretrained.class_names

@@ -28,12 +28,8 @@ from vit_jax_zoo.metrics.classification import score_rankings
 from vit_jax_zoo.metrics.feature_probes import Labelled
 from vit_jax_zoo.tasks.base import Task
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.evaluate import (
-  collect_features,
-  compile_predict_step,
-  predict_batches,
-  report,
-)
+from vit_jax_zoo.training.evaluate import collect_features, predict_batches, report
+from vit_jax_zoo.training.train_step import compile_predict_step
 
 NATURAL, SPECIALIZED, STRUCTURED = "natural", "specialized", "structured"
 

@@ -3,6 +3,7 @@
 Files that cannot be read or do not fit a model raise `WeightsError`: one line, with all problems.
 """
 
+from vit_jax_zoo.weights.checkpoint import Pretrained
 from vit_jax_zoo.weights.finetune_init import (
   find_files,
   fit_to_model,
@@ -11,7 +12,7 @@ from vit_jax_zoo.weights.finetune_init import (
   still_needed,
 )
 from vit_jax_zoo.weights.key_map import WeightsError, check_finite
-from vit_jax_zoo.weights.load import Pretrained, load_into, load_pretrained
+from vit_jax_zoo.weights.load import load_into, load_pretrained
 from vit_jax_zoo.weights.preprocess import Preprocess
 
 __all__ = [

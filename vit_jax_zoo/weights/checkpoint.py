@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from absl import logging
+from flax import linen as nn
 
 from vit_jax_zoo.errors import field_names
 from vit_jax_zoo.weights.key_map import Flat, Row, index
@@ -117,19 +118,22 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
-class Export:
-  """What each format's `write_checkpoint` takes; fields as of `Checkpoint`."""
+class Pretrained:
+  """A model with its weights.
 
-  family: str
-  model: Any  # the Linen module
-  variables: Flat  # numpy arrays by path as in `Checkpoint.table`, layers unrolled
+  `write_checkpoint` of a format takes one whose variables are arrays by path, layers unrolled.
+  """
+
+  model: nn.Module  # `model.apply(variables, images)`
+  variables: dict[str, Any]  # `{"params": ..., ...}`, numpy arrays
   preprocess: Preprocess
-  task: str = "classification"
-  task_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  config: dict[str, Any]  # the model's fields, and "image_size"
+  task: str = "classification"  # trained for, a key of `tasks.tasks()`; "" for a part of a network
+  task_fields: dict[str, Any] = dataclasses.field(default_factory=dict)  # such as `class_names`
 
   @property
   def class_names(self) -> tuple[str, ...]:
-    """Class names in order; empty if unknown."""
+    """Class names in order; empty if the file does not state them."""
     return tuple(self.task_fields.get("class_names") or ())
 
   def warn_not_stored(self, path: str, assumed: Preprocess, *others: str) -> None:

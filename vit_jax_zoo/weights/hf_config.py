@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from vit_jax_zoo.weights.checkpoint import Export, Size
+from vit_jax_zoo.weights.checkpoint import Pretrained, Size
 from vit_jax_zoo.weights.key_map import Flat, WeightsError
 from vit_jax_zoo.weights.preprocess import PILLOW_FILTERS, Preprocess, crop_fraction
 from vit_jax_zoo.weights.readers import Published, write_safetensors
@@ -24,7 +24,7 @@ def check_config(
   A key of `supported`, or its "section.key", has that value or is missing.
   """
   path, config = published.path, published.config
-  if not published.has_config:
+  if not published.file.with_name("config.json").exists():
     raise WeightsError(f"{path}: no config.json beside weights with Hugging Face's keys; add it")
   if missing := [key for key in needed if key not in config]:
     raise WeightsError(f"{path}/config.json: no {', '.join(missing)}; add the model's own file")
@@ -137,7 +137,7 @@ def read_preprocess(processor: Mapping[str, Any], size: Size, kind: str) -> Prep
 
 
 def read_class_names(config: Mapping[str, Any], count: int) -> dict[str, Any]:
-  """Returns `class_names` of a `config.json` for the task, {} without any; a missing one is its id."""
+  """Returns `class_names` of a `config.json` as a field of the task; a missing one is its id."""
   try:
     stated = {int(key): str(name) for key, name in (config.get("id2label") or {}).items()}
   except (AttributeError, ValueError) as error:
@@ -257,7 +257,7 @@ def _numbers(
 
 
 def write_timm(
-  path: str, arrays: Flat, export: Export, base: tuple[str, Any], arguments: Any
+  path: str, arrays: Flat, export: Pretrained, base: tuple[str, Any], arguments: Any
 ) -> None:
   """Writes timm's folder; `base`: its model that `arguments` change, and the sizes that differ."""
   architecture, other_sizes = base

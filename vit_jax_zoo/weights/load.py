@@ -8,7 +8,6 @@ A system registers its formats (`registry.Format`). A format's module has three 
   format has no such model. A format that can only be read has none.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from types import ModuleType
@@ -17,15 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from flax import linen as nn
 from flax import traverse_util
 
 from vit_jax_zoo.errors import check_fields
 from vit_jax_zoo.registry import Format, load_reference, model_classes, systems
 from vit_jax_zoo.weights import hub, key_map
-from vit_jax_zoo.weights.checkpoint import Checkpoint
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained
 from vit_jax_zoo.weights.key_map import WeightsError
-from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import read_published
 
 
@@ -65,23 +62,6 @@ def writable_formats(family: str) -> dict[str, ModuleType]:
     for form, module in formats().items()
     if form.family == family and hasattr(module, "write_checkpoint")
   }
-
-
-@dataclasses.dataclass(frozen=True)
-class Pretrained:
-  """A model with its weights."""
-
-  model: nn.Module  # `model.apply(variables, images)`
-  variables: dict[str, Any]  # `{"params": ..., ...}`, numpy arrays
-  preprocess: Preprocess
-  config: dict[str, Any]  # the model's fields, and "image_size"
-  task: str = "classification"  # trained for, a key of `tasks.tasks()`; "" for a part of a network
-  task_fields: dict[str, Any] = dataclasses.field(default_factory=dict)  # such as `class_names`
-
-  @property
-  def class_names(self) -> tuple[str, ...]:
-    """Class names in order; empty if the file does not state them."""
-    return tuple(self.task_fields.get("class_names") or ())
 
 
 def load_pretrained(

@@ -90,11 +90,6 @@ class Published:
   config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `config.json`
   processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # preprocessor_config
 
-  @property
-  def has_config(self) -> bool:
-    """Whether there is a `config.json`, possibly empty."""
-    return self.file.with_name("config.json").exists()
-
 
 def read_published(path: str) -> Published:
   """Reads the arrays of a file or folder, and the JSON files beside them."""
@@ -229,7 +224,7 @@ _TORCH_WRAPPERS = (*_EMA_WRAPPERS, "model", "state_dict", "model_state_dict", "n
 
 
 def read_torch(path: str) -> Flat:
-  """Returns the state dict of a PyTorch file, of its moving average if there is one, as timm does."""
+  """Returns the state dict of a PyTorch file, as timm: the moving average if there is one."""
   torch = _import_torch(path, "convert the file to safetensors")
   with local_copy(path) as file:
     found = _load_torch(torch, file, path)

@@ -1,5 +1,6 @@
 """DETR's published weights: predictions against goldens, round trips, invalid files."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -25,7 +26,6 @@ from vit_jax_zoo.systems.detr import weights_official as detr_official
 from vit_jax_zoo.systems.detr.model import Detr
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.weights import WeightsError, fit_to_model, load_into, load_parts, relayout
-from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.key_map import unroll
 from vit_jax_zoo.weights.load import flatten_variables
 
@@ -40,7 +40,7 @@ def assert_same_arrays(given, expected):
 
 def export_of(loaded):
   flat = unroll({k: np.asarray(v) for k, v in flatten_variables(loaded.variables).items()})
-  return Export("detr", loaded.model, flat, loaded.preprocess, loaded.task, loaded.task_fields)
+  return dataclasses.replace(loaded, variables=flat)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from vit_jax_zoo.builder import build
 from vit_jax_zoo.config import load
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
 from vit_jax_zoo.trainer import pretrained_variables
-from vit_jax_zoo.weights.checkpoint import Export
+from vit_jax_zoo.weights.checkpoint import Pretrained
 from vit_jax_zoo.weights.key_map import WeightsError, unroll
 from vit_jax_zoo.weights.load import writable_formats
 from vit_jax_zoo.weights.preprocess import Preprocess
@@ -32,7 +32,7 @@ def released(tmp_path_factory):
   params = jax.tree.map(lambda x: np.float32(rng.normal(0, 0.1, x.shape)), fresh)
   path = str(tmp_path_factory.mktemp("released") / "TTSR-rec.safetensors")
   flat = weights.load.flatten_variables({"params": params})
-  exported = Export("ttsr", TINY, unroll(flat), Preprocess((16, 16)))
+  exported = Pretrained(TINY, unroll(flat), Preprocess((16, 16)), {})
   writable_formats("ttsr")["pt"].write_checkpoint(path, exported)
   return path, params
 

@@ -1,5 +1,6 @@
 """TTSR's and torchvision's VGG-19 files: round trips and initialisation from them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,7 +15,7 @@ from vit_jax_zoo.systems.ttsr import weights_vgg as vgg_torchvision
 from vit_jax_zoo.systems.ttsr.losses import VGG19, Discriminator
 from vit_jax_zoo.systems.ttsr.model import TTSR
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
-from vit_jax_zoo.weights.checkpoint import Export
+from vit_jax_zoo.weights.checkpoint import Pretrained
 from vit_jax_zoo.weights.key_map import WeightsError, unroll
 from vit_jax_zoo.weights.load import flatten_variables, writable_formats
 
@@ -67,7 +68,7 @@ def test_round_trip_is_exact(tmp_path, scan_layers):
     if prefix:
       variables["discriminator/score/kernel"] = np.zeros((2, 1), np.float32)
     path = str(tmp_path / "TTSR.safetensors")
-    exported = Export("ttsr", pretrained.model, variables, pretrained.preprocess)
+    exported = dataclasses.replace(pretrained, variables=variables)
     writable_formats("ttsr")["pt"].write_checkpoint(path, exported)
     written, original = load_file(path), load_file(FILE)
     assert set(written) == {k for k in original if not k.startswith("LTE_copy.")}
@@ -122,7 +123,7 @@ def vgg():
 def write_vgg(path, params, **more):
   flat = {f"vgg/{k}": v for k, v in traverse_util.flatten_dict(params, sep="/").items()}
   vgg_torchvision.write_checkpoint(
-    str(path), Export("ttsr", None, flat, weights.Preprocess((8, 8)))
+    str(path), Pretrained(VGG19(("relu5_1",)), flat, weights.Preprocess((8, 8)), {})
   )
   save_file(load_file(path) | more, path)
   return str(path)

@@ -1,5 +1,6 @@
 """Google's .npz files: predictions against goldens, and the reader."""
 
+import dataclasses
 import re
 
 import jax
@@ -15,7 +16,6 @@ from vit_jax_zoo.systems.vit import weights_google as vit_npz
 from vit_jax_zoo.systems.vit.model import VisionTransformer
 from vit_jax_zoo.weights import WeightsError, load_into
 from vit_jax_zoo.weights import key_map as table
-from vit_jax_zoo.weights.checkpoint import Export
 
 PLAIN = ["vit_a", "vit_rep_a", "vit_gap_a", "vit_hybrid_a", "vit_rstem_a"]
 
@@ -31,7 +31,7 @@ def run(loaded, images, **kwargs):
 
 def export(path, loaded):
   """Writes a loaded model in Google's format."""
-  exported = Export("vit", loaded.model, flat(loaded.variables), loaded.preprocess)
+  exported = dataclasses.replace(loaded, variables=flat(loaded.variables))
   vit_npz.write_checkpoint(str(path), exported)
 
 

@@ -1,5 +1,6 @@
 """Hugging Face's ViTs: predictions against goldens, round trips, invalid folders."""
 
+import dataclasses
 import json
 import shutil
 
@@ -19,7 +20,6 @@ from vit_jax_zoo import load_pretrained
 from vit_jax_zoo.systems.vit import weights_hf as vit_hf
 from vit_jax_zoo.weights import WeightsError
 from vit_jax_zoo.weights import key_map as table
-from vit_jax_zoo.weights.checkpoint import Export
 
 HF = ("vit_hf_a", "vit_hf_base_a")
 
@@ -58,7 +58,7 @@ def _result(is_base):
 def test_round_trip_is_exact(scan_layers, tmp_path):
   for name in HF:
     loaded = load_pretrained(hf_folder(name), scan_layers=scan_layers)
-    export = Export("vit", loaded.model, table.unroll(flat(loaded.variables)), loaded.preprocess)
+    export = dataclasses.replace(loaded, variables=table.unroll(flat(loaded.variables)))
     vit_hf.write_checkpoint(str(tmp_path), export)
     expected = load_file(golden_folder(name) / "model.safetensors")
     assert_same_arrays(load_file(tmp_path / "model.safetensors"), expected)
@@ -101,6 +101,6 @@ def test_invalid_folders_and_models_raise(tmp_path):
     load_pretrained(str(tmp_path))
   mean = load_pretrained(timm_file("vit_timm_gap_a"), num_heads=2)
   with pytest.raises(WeightsError, match=r"pool='mean'"):
-    vit_hf.write_checkpoint(str(tmp_path), Export("vit", mean.model, {}, mean.preprocess))
+    vit_hf.write_checkpoint(str(tmp_path), dataclasses.replace(mean, variables={}))
   with pytest.raises(WeightsError, match="both pre_logits and head"):
     vit_hf.state_dict({"pre_logits/kernel": np.zeros((1, 1)), "head/kernel": np.zeros((1, 1))})

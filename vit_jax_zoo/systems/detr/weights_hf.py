@@ -21,7 +21,7 @@ from vit_jax_zoo.systems.detr import weights_official as official
 from vit_jax_zoo.weights import backbones as resnet
 from vit_jax_zoo.weights import hf_config
 from vit_jax_zoo.weights import torch_layouts as layouts
-from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
@@ -192,7 +192,7 @@ def state_dict(variables: Mapping[str, np.ndarray], *, timm: bool = False) -> Fl
   return published
 
 
-def write_checkpoint(path: str, export: Export) -> None:
+def write_checkpoint(path: str, export: Pretrained) -> None:
   """Writes a folder for `DetrForObjectDetection` or `DetrForSegmentation`.
 
   The backbone is transformers' own ResNet; timm's for DC5, as transformers' has no dilation.

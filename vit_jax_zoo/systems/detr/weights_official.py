@@ -17,7 +17,7 @@ import numpy as np
 
 from vit_jax_zoo.weights import backbones as resnet
 from vit_jax_zoo.weights import torch_layouts as layouts
-from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained
 from vit_jax_zoo.weights.hub import Entry
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import DETECTION
@@ -175,7 +175,7 @@ def state_dict(variables: Mapping[str, np.ndarray]) -> Flat:
   return join_qkv(write(variables, SEGMENTATION_TABLE if has_masks else TABLE))
 
 
-def write_checkpoint(path: str, export: Export) -> None:
+def write_checkpoint(path: str, export: Pretrained) -> None:
   """Writes a safetensors file, or `{"model": state_dict}` for the official code (needs torch)."""
   fields = export.fields()
   resnet.check_plain(fields, "the official code")

@@ -16,7 +16,7 @@ import numpy as np
 
 from vit_jax_zoo.weights import key_map
 from vit_jax_zoo.weights import torch_layouts as layouts
-from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained
 from vit_jax_zoo.weights.key_map import STATISTICS, Array, Flat, Row, WeightsError
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published, read_published, write_state_dict
@@ -139,7 +139,7 @@ def state_dict(variables: Mapping[str, Array], ours: str = "", prefix: str = "")
   return {**published, **again, **layouts.batch_counters(published)}
 
 
-def write_checkpoint(path: str, export: Export) -> None:
+def write_checkpoint(path: str, export: Pretrained) -> None:
   """Writes an FPT, or a detector's neck, for the authors' class; WeightsError if it is another."""
   ours = "neck/" if any(key.startswith("neck/") for key in export.variables) else ""
   if f"{ours}render_1_0/gate_norm/scale" not in export.variables:

@@ -14,7 +14,7 @@ import numpy as np
 from vit_jax_zoo.systems.fpt import weights_official as fpt_pt
 from vit_jax_zoo.systems.rcnn import weights_detectron as detectron
 from vit_jax_zoo.weights import backbones as resnet
-from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained
 from vit_jax_zoo.weights.key_map import Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published, write_state_dict
@@ -105,7 +105,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
   )
 
 
-def write_checkpoint(path: str, export: Export) -> None:
+def write_checkpoint(path: str, export: Pretrained) -> None:
   """Writes a state dict of the official code; frozen norms are folded into scale and bias.
 
   Raises WeightsError if the code has no such detector.

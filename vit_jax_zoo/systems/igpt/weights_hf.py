@@ -12,7 +12,7 @@ import numpy as np
 
 from vit_jax_zoo.systems.igpt.weights_openai import TRANSPOSED, checkpoint_of, palette_beside
 from vit_jax_zoo.weights import hf_config
-from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, side
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained, side
 from vit_jax_zoo.weights.key_map import KEEP, Flat, Row, Transform, WeightsError, write
 from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_layouts import PARTS, join_qkv, split_qkv
@@ -101,7 +101,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
   return checkpoint.replace(preprocess=preprocess, image_size=preprocess.image_size)
 
 
-def write_checkpoint(path: str, export: Export) -> None:
+def write_checkpoint(path: str, export: Pretrained) -> None:
   """Writes a folder that `ImageGPTForCausalImageModeling.from_pretrained` loads.
 
   A model with a classifier becomes an `ImageGPTForImageClassification`.
@@ -126,7 +126,7 @@ def write_checkpoint(path: str, export: Export) -> None:
   hf_config.write_folder(path, join(write(kept, TABLE)), **contents)
 
 
-def _config_of(fields: Mapping[str, Any], export: Export) -> dict[str, Any]:
+def _config_of(fields: Mapping[str, Any], export: Pretrained) -> dict[str, Any]:
   is_classifier = fields["num_classes"] is not None
   kind = "ImageClassification" if is_classifier else "CausalImageModeling"
   return {

@@ -12,7 +12,7 @@ from vit_jax_zoo.systems.lambda_resnet.model import VARIANTS
 from vit_jax_zoo.weights import hf_config
 from vit_jax_zoo.weights import torch_layouts as layouts
 from vit_jax_zoo.weights.backbones import Backbone
-from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size, outputs_of, side
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained, Size, outputs_of, side
 from vit_jax_zoo.weights.key_map import Array, Flat, Row, Transform, WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
@@ -129,7 +129,7 @@ def _size_of_tables(arrays: Mapping[str, Array]) -> Size | None:
   return None
 
 
-def write_checkpoint(path: str, export: Export) -> None:
+def write_checkpoint(path: str, export: Pretrained) -> None:
   """Writes a folder that `timm.create_model("local-dir:<path>", pretrained=True)` loads."""
   fields = export.fields()
   name = next((name for name, variant in TIMM.items() if _is_like(fields, variant)), None)

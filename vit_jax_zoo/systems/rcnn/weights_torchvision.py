@@ -13,7 +13,7 @@ import numpy as np
 
 from vit_jax_zoo.systems.rcnn import weights_detectron as detectron
 from vit_jax_zoo.weights import backbones as resnet
-from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained
 from vit_jax_zoo.weights.key_map import Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import DETECTION
 from vit_jax_zoo.weights.readers import Published, write_state_dict
@@ -105,7 +105,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
   )
 
 
-def write_checkpoint(path: str, export: Export) -> None:
+def write_checkpoint(path: str, export: Pretrained) -> None:
   """Writes a state dict that torchvision loads; WeightsError if it has no such detector."""
   fields = export.fields()
   resnet.check_plain(fields, "torchvision")

@@ -7,7 +7,7 @@ import numpy as np
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.systems.ttsr.weights_vgg import VGG_LAYERS
-from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained
 from vit_jax_zoo.weights.key_map import WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published, write_state_dict
@@ -111,7 +111,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
   )
 
 
-def write_checkpoint(path: str, export: Export) -> None:
+def write_checkpoint(path: str, export: Pretrained) -> None:
   """Writes the generator, of a run too, to a safetensors or (with torch) a PyTorch file."""
   parts = export.variables.items()
   of_run = {k[len("generator/") :]: v for k, v in parts if k.startswith("generator/")}

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from vit_jax_zoo.systems.ttsr.losses import VGG_DEPTHS
-from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained
 from vit_jax_zoo.weights.hub import Entry
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, read, write
 from vit_jax_zoo.weights.readers import Published, read_published, write_state_dict
@@ -53,7 +53,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
   )
 
 
-def write_checkpoint(path: str, export: Export) -> None:
+def write_checkpoint(path: str, export: Pretrained) -> None:
   """Writes the VGG-19 of a run's perceptual loss: `.safetensors`, else PyTorch (needs torch)."""
   parts = {k.removeprefix("vgg/"): v for k, v in export.variables.items() if k.startswith("vgg/")}
   if not parts:

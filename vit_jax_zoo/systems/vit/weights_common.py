@@ -9,7 +9,7 @@ import numpy as np
 
 from vit_jax_zoo.ops.resize import find_grid, resize_position_grid
 from vit_jax_zoo.systems.vit.model import PositionEmbedding
-from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained, Size
 from vit_jax_zoo.weights.key_map import Flat, WeightsError
 from vit_jax_zoo.weights.preprocess import Preprocess
 
@@ -126,7 +126,7 @@ def not_a_vit(published: Mapping[str, np.ndarray], source: str, whose: str) -> W
   return WeightsError(f"{source}: keys {keys}, ...; expected a ViT in the layout of {whose}")
 
 
-def with_table(export: Export, *, class_row: bool) -> Flat:
+def with_table(export: Pretrained, *, class_row: bool) -> Flat:
   """Returns a model's parameters with position embeddings as one table, zero if there are none.
 
   `class_row` adds a zero row for the class token if the model has none.
@@ -145,7 +145,7 @@ def with_table(export: Export, *, class_row: bool) -> Flat:
   return params
 
 
-def check_fixed(export: Export, fixed: Mapping[str, Any], whose: str) -> None:
+def check_fixed(export: Pretrained, fixed: Mapping[str, Any], whose: str) -> None:
   """Raises WeightsError for fields other than `fixed`: values, or tuples of them, by field."""
   fields = export.fields()
   fields |= {f"resnet.{name}": value for name, value in (fields["resnet"] or {}).items()}

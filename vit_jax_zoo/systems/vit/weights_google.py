@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from vit_jax_zoo.systems.vit import weights_common as common
-from vit_jax_zoo.weights.checkpoint import Export, count, side
+from vit_jax_zoo.weights.checkpoint import Pretrained, count, side
 from vit_jax_zoo.weights.hub import Entry
 from vit_jax_zoo.weights.key_map import CHANNELS_4D, Flat, Row, WeightsError, unroll, write
 from vit_jax_zoo.weights.readers import Published
@@ -135,7 +135,7 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
   return common.VitCheckpoint(source=path, arrays=arrays, **known)
 
 
-def write_checkpoint(path: str, export: Export) -> None:
+def write_checkpoint(path: str, export: Pretrained) -> None:
   """Writes a model as Google published it, without its preprocessing.
 
   A position table without a class token's row is under big_vision's key.

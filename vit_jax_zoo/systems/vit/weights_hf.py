@@ -13,7 +13,7 @@ import numpy as np
 from vit_jax_zoo.systems.vit import weights_common as common
 from vit_jax_zoo.weights import hf_config
 from vit_jax_zoo.weights import torch_layouts as layouts
-from vit_jax_zoo.weights.checkpoint import Export, count, outputs_of, side
+from vit_jax_zoo.weights.checkpoint import Pretrained, count, outputs_of, side
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, unroll, write
 from vit_jax_zoo.weights.readers import Published
 
@@ -124,7 +124,7 @@ def state_dict(params: Mapping[str, np.ndarray]) -> Flat:
   return write(unroll(params), rows)
 
 
-def write_checkpoint(path: str, export: Export) -> None:
+def write_checkpoint(path: str, export: Pretrained) -> None:
   """Writes a folder that `ViTForImageClassification.from_pretrained` loads, or `ViTModel`'s."""
   common.check_fixed(export, FIXED, "Hugging Face")
   arrays = state_dict(common.with_table(export, class_row=True))

@@ -13,7 +13,7 @@ from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.systems.vit import weights_common as common
 from vit_jax_zoo.systems.vit.model import VARIANTS
 from vit_jax_zoo.weights import hf_config
-from vit_jax_zoo.weights.checkpoint import Export, count, outputs_of, side
+from vit_jax_zoo.weights.checkpoint import Pretrained, count, outputs_of, side
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, unroll, write
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
@@ -220,7 +220,7 @@ def state_dict(params: Mapping[str, np.ndarray], *, fc_norm: bool = False) -> Fl
   return join_qkv(write(layers, [*first, *TABLE]))
 
 
-def write_checkpoint(path: str, export: Export) -> None:
+def write_checkpoint(path: str, export: Pretrained) -> None:
   """Writes a folder that `timm.create_model("local-dir:<path>", pretrained=True)` loads."""
   common.check_fixed(export, FIXED, "timm")
   fields, with_cls = export.fields(), export.model.has_cls_token
