@@ -498,6 +498,27 @@ def test_transform_sizes_that_are_not_positive_raise(size):
 
 
 @pytest.mark.parametrize(
+  ("name", "field", "value"),
+  [
+    ("random_flip", "probability", 3),
+    ("resize_shorter", "shorter", ()),
+    ("resize_shorter", "longest", 0),
+    ("random_scale_crop", "crop_sides", (600, 300)),
+    ("resize", "size", 100_000),
+  ],
+)
+def test_transform_field_out_of_range(name, field, value):
+  with pytest.raises(ValueError, match=rf"{name}.*: {field} is .*; expected "):
+    build_transforms([{"name": name, field: value}])
+
+
+def test_empty_message_and_memory_error(capsys):
+  with pytest.raises(SystemExit), cli.one_line_errors(show_traceback=False):
+    raise MemoryError
+  assert capsys.readouterr().err == "error: MemoryError\n"
+
+
+@pytest.mark.parametrize(
   ("field", "value"),
   [("weight_decay", "abc"), ("clip_norm", [1]), ("b1", "x"), ("learning_rate", {}), ("rules", [1])],
 )

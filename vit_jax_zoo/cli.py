@@ -18,7 +18,7 @@ from vit_jax_zoo.training import disk, host
 
 USER_ERRORS = (
   ValueError, KeyError, AttributeError, TypeError, OSError, ImportError, RuntimeError,
-  ArithmeticError, flags.Error,
+  ArithmeticError, MemoryError, flags.Error,
 )  # fmt: skip
 """Errors that are printed in one line; `--traceback` also prints their traceback."""
 
@@ -61,7 +61,7 @@ def one_line_errors(*, show_traceback: bool) -> Iterator[None]:
     if show_traceback:
       traceback.print_exc()
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    text = one_line(f"{_flag_of(error)}{message}")
+    text = one_line(f"{_flag_of(error)}{str(message) or type(error).__name__}")
     if disk.is_full(error):
       text += "; free disk space and run the same command again"
     print(f"error: {text}", file=sys.stderr)  # noqa: T201

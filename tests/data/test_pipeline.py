@@ -362,3 +362,9 @@ if __name__ == "__main__":
   )
   assert done.stdout == "[False, True]\nset()\n"
   assert "Error" not in done.stderr
+
+
+def test_source_of_another_task_named():
+  transforms = build_transforms([dict(name="load_objects"), dict(name="pad_objects")])
+  with pytest.raises(ValueError, match=r"images/\d\.png: the data has no 'boxes_xyxy'"):
+    take(1, Images(4), transforms, batch_size=2, seed=0)

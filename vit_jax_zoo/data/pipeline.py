@@ -57,7 +57,7 @@ PADDED_ORIGINAL = {"segment_map": (0, -1)}  # of the image's size before the tra
 _REMEDIES = {
   "image": "end the transforms with a resize or a crop, or set data.loader.buckets",
   "label": "add multi_hot (configs/finetune.py: multi_label=true)",
-  "labels": "add pad_objects",
+  **dict.fromkeys(("labels", "boxes_xyxy", "outlines"), "add load_objects and pad_objects"),
 }
 """Fixes for examples of different shapes."""
 
@@ -359,6 +359,9 @@ class Loader:
         example = {**example, "image": pixels(example["image"])}
     except CorruptExampleError:
       raise
+    except KeyError as error:
+      wrong = f"{self.source.example_name(index)}: the data has no {error}"
+      raise ValueError(f"{wrong}; expected a source of the task's kind") from error
     except ValueError as error:
       raise ValueError(f"{self.source.example_name(index)}: {error}") from error
     if "label_map" in example and self.num_classes is not None:

@@ -146,6 +146,8 @@ JPEG = {"jpg": b"\xff\xd8"}
     ({**JPEG, "json": b"[" * 100_000}, {}, r"0\.tar: a\.json: no label"),
     ({**JPEG, "cls": 10**9}, {}, r"0\.tar: a: label 1000000000: no class"),
     ({**JPEG, "json": {"label": 0.5}}, {}, r"0\.tar: a: label 0\.5"),
+    ({**JPEG, "cls": -1}, {}, r"0\.tar: a: label -1: no class"),
+    ({**JPEG, "json": {"label": ["Cat", "cat"]}}, {}, r"0\.tar: a: label 'cat'.*'Cat'"),
     ({**JPEG, "cls": 7}, {"class_names": ("x", "y")}, r"0\.tar: a: label 7"),
   ],
 )

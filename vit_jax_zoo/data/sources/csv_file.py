@@ -51,7 +51,8 @@ def open_splits(
   if not rows:
     raise ValueError(f"csv:{location}: no rows below the header; expected one for each image")
   several = bool(columns) or any(len(row.labels) > 1 for row in rows)
-  are_ids = not columns and all(label.isdecimal() for row in rows for label in row.labels)
+  every = (label.removeprefix("-") for row in rows for label in row.labels)
+  are_ids = not columns and all(map(str.isdecimal, every))
   found: dict[str, folder.Labelled] = {}
   first: dict[tuple[str, str], _Row] = {}
   for row in rows:
@@ -76,7 +77,8 @@ def _read(file: pathlib.Path, split: str, keys: tuple[str, str]) -> tuple[list[s
     with open(file, encoding="utf-8-sig", newline="") as stream:
       header = stream.readline()
       stream.seek(0)
-      reader = csv.DictReader(stream, delimiter=max(",;\t", key=header.count), strict=True)
+      delimiter = max(",;\t", key=header.count)
+      reader = csv.DictReader(stream, delimiter=delimiter, strict=True, skipinitialspace=True)
       columns = list(reader.fieldnames or ())
       image_key, label_key = keys
       renamed = {"path": "", "label": "", image_key: "path", label_key: "label"}
@@ -103,4 +105,5 @@ def _row(fields: Mapping[str, str], classes: Sequence[str], where: str, split: s
   labels = [name for name in classes if fields[name] == "1"]
   labels += [label.strip() for label in fields.get("label", "").split("|") if label.strip()]
   split = fields.get("split") or split
-  return _Row(fields["path"], tuple(labels), where, folder.split_of(split) or split)
+  path = os.path.normpath(fields["path"])  # "./a.jpg" is "a.jpg"
+  return _Row(path, tuple(labels), where, folder.split_of(split) or split)

@@ -201,7 +201,7 @@ def find_splits(location: str, class_names: ClassNames = None) -> LabelledSplits
   if not (names := read_class_names(class_names)):
     for split, files in found.items():
       _check_inner_folders(folders[split], files)
-    _check_names_differ(root, every)
+    _check_names_differ(dict.fromkeys(every, f"{root}"))
     names = tuple(every)
   whole = base.DatasetInfo(f"folder:{location}", 0, len(names), names)
   splits = {}
@@ -285,11 +285,12 @@ def _check_inner_folders(root: pathlib.Path, files: Sequence[tuple[str, str]]) -
       raise ValueError(f"{wrong}; expected <class>/<image> or train|val|test/<class>/<image>")
 
 
-def _check_names_differ(root: pathlib.Path, names: Sequence[str]) -> None:
+def _check_names_differ(found: Mapping[str, str]) -> None:
+  """Refuses names that differ in spelling; the values of `found` are what an error names."""
   first: dict[str, str] = {}
-  for name in names:
+  for name in sorted(found):
     if (other := first.setdefault(_spelling(name), name)) != name:
-      wrong = f"{root}: class folders {other!r} and {name!r} differ only in case, spaces, _ or -"
+      wrong = f"{found[name]}: classes {other!r} and {name!r} differ only in case, spaces, _ or -"
       raise ValueError(f"{wrong}; did you mean one class? Rename one, or list both in class_names")
 
 
@@ -347,6 +348,8 @@ def encode_labels(
   else:
     texts = {value: base.composed(str(value)) for value in first}
     found = {texts[value]: where for value, where in first.items()}
+    if not names:
+      _check_names_differ(found)
     names = names or tuple(sorted(found))
     count, numbers = len(names), number_classes(found, names)
     ids = {value: numbers[text] for value, text in texts.items()}
@@ -408,7 +411,7 @@ def complete_splits(splits: LabelledSplits, location: str) -> base.Splits:
     else:
       found["fit"] = lambda: train().part(chosen=False)
       found["choose"] = lambda: train().part(chosen=True)
-  if len(validation) > 1:
+  if len(validation) > 1 or not (train or validation or "test" in splits):
     return found
   held_out = validation[0] if validation else splits.get("test", nothing_held_out)
   return {"test": held_out, **found, **dict.fromkeys(base.VALIDATION_NAMES, held_out)}

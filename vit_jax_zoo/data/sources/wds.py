@@ -22,7 +22,7 @@ from vit_jax_zoo.data.images import suffixes
 from vit_jax_zoo.data.sources import base, folder
 
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # webdataset.tariterators.base_plus_ext
-_VERSION = 1  # of the index
+_VERSION = 2  # of the index
 
 Keys: TypeAlias = tuple[str | None, str | None, str]  # of image and label, field of a JSON label
 
@@ -163,4 +163,4 @@ def _parse(data: bytes, key: str, field: str, where: str) -> Any:
     text = data.decode().strip()
   except (ValueError, KeyError, RecursionError) as error:
     raise ValueError(f"{where}: no label ({error}); expected JSON with {field}, or text") from None
-  return int(text) if text.isdecimal() else text
+  return int(text) if text.removeprefix("-").isdecimal() else text

@@ -11,6 +11,7 @@ the batch.
 
 import abc
 import dataclasses
+import math
 import re
 from typing import Any, ClassVar
 
@@ -108,6 +109,10 @@ TRANSFORMS = Registry(
 """The transforms that a config can name, by module; `random_crop` is the class RandomCrop."""
 
 
+_MAX_SIDE = math.isqrt(images.MAX_PIXELS)
+_POSITIVE = ("shorter", "longest", "height", "width", "crop_from", "crop_sides", "num")
+
+
 def build_transforms(specs: Any) -> tuple[Transform, ...]:
   """Builds the transforms of a config from the `name` and fields of each, in order.
 
@@ -128,7 +133,14 @@ def _build(spec: dict[str, Any]) -> Transform:
   for field in dataclasses.fields(kind):
     if field.name not in spec and field.default is dataclasses.MISSING:
       raise ValueError(f"transform {name!r} needs the field {field.name!r}")
-    sides = np.ravel(spec.get(field.name, 1)) if field.name.endswith("size") else [1]
-    if not (1 <= len(sides) <= 2 and min(sides) > 0):
-      raise ValueError(f"transform {name!r}: {field.name} is {sides}; expected one or two, above 0")
+    value, expected = spec.get(field.name), ""
+    sides, is_size = np.ravel(1 if value is None else value), field.name.endswith("size")
+    if is_size and not (1 <= len(sides) <= 2 and min(sides) > 0 and max(sides) <= _MAX_SIDE):
+      expected = f"one or two, from 1 to {_MAX_SIDE}"
+    elif field.name in _POSITIVE and not (len(sides) and min(sides) > 0):
+      expected = "numbers above 0"
+    elif field.name.endswith("probability") and not 0 <= sides[0] <= 1:
+      expected = "a number in [0, 1]"
+    if expected:
+      raise ValueError(f"transform {name!r}: {field.name} is {value!r}; expected {expected}")
   return kind(**spec)

@@ -65,7 +65,6 @@ class RandomErasing(ImageTransform):
 
   def __post_init__(self) -> None:
     check_names("random_erasing mode", [self.mode], ("const", "rand", "pixel"))
-    self.check("probability", 0 <= self.probability <= 1, "[0, 1]")
     self.check_limits("area", 1.0)
     self.check_limits("aspect_ratio", math.inf)
 
@@ -232,7 +231,6 @@ class TimmRandAugment(_Policy):
   def __post_init__(self) -> None:
     super().__post_init__()
     check_names("interpolation", [self.interpolation], INTERPOLATIONS)
-    self.check("probability", 0 <= self.probability <= 1, "[0, 1]")
     self.check("magnitude_std", self.magnitude_std >= 0, "at least 0")
     self.check("fill", len(self.fill) == 3, "3 values")
 

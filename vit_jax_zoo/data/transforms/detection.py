@@ -408,7 +408,8 @@ class RandomScaleCrop(GeometricTransform):
   crop_sides: Sequence[int] = (384, 600)  # smallest and largest side, bounded by the image
 
   def __post_init__(self) -> None:
-    self.check("crop_probability", 0 <= self.crop_probability <= 1, "[0, 1]")
+    ok = len(self.crop_sides) == 2 and self.crop_sides[0] <= self.crop_sides[1]
+    self.check("crop_sides", ok, "(smallest, largest)")
 
   def plan(self, size: Size, rng: np.random.Generator) -> Sequence[Step]:
     steps: list[Step] = []
