@@ -66,8 +66,10 @@ def test_frozen_batch_norm_constant():
 
 @pytest.mark.parametrize("kind", ["batch_norm", "frozen_batch_norm", "group_norm"])
 def test_norm_factory_signature_and_dtype(kind):
-  make = norm_factory(kind, num_groups=3, dtype="bfloat16")
-  norm = make(name="norm", scale_init=jax.nn.initializers.zeros)
+  groups = {"num_groups": 3} if kind == "group_norm" else {}
+  norm = norm_factory(kind, dtype="bfloat16")(
+    name="norm", scale_init=jax.nn.initializers.zeros, **groups
+  )
   x = activations()
   variables = norm.init(jax.random.key(0), x, train=True)
   out, _ = apply_training(norm, x, variables)

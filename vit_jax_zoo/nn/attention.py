@@ -19,19 +19,24 @@ Implementation: TypeAlias = Literal["xla", "cudnn"] | None
 "xla" and "cudnn" (the fused kernel of NVIDIA GPUs, 16-bit inputs only) are those of
 `jax.nn.dot_product_attention`."""
 
+Queries: TypeAlias = Float[Array, "b n h d"]
+Keys: TypeAlias = Float[Array, "b m h d"]
+Cached: TypeAlias = Float[Array, "b*h m d"]  # the layout of `heads_first`
+Mask: TypeAlias = Bool[Array, "#b #h #n #m"]  # True where a query attends to a key
+
 
 def attend(
-  query: Float[Array, "b n h d"],
-  key: Float[Array, "b m h d"],
-  value: Float[Array, "b m h d"],
+  query: Queries,
+  key: Keys,
+  value: Keys,
   *,
-  mask: Bool[Array, "#b #h #n #m"] | None = None,
+  mask: Mask | None = None,
   is_causal: bool = False,
   implementation: Implementation = None,
 ) -> Float[Array, "b n h d"]:
   """Returns softmax(query key^T / sqrt(d)) value for each head; the softmax is in float32.
 
-  `mask` is True where a query attends to a key; `is_causal` also masks keys after the query.
+  `is_causal` also masks keys after the query.
   """
   if implementation is None and is_for_cpu():
     mask = _add_causal(mask, query, key) if is_causal else mask
@@ -47,11 +52,7 @@ def attend(
 
 
 def attention_weights(
-  query: Float[Array, "b n h d"],
-  key: Float[Array, "b m h d"],
-  *,
-  mask: Bool[Array, "#b #h #n #m"] | None = None,
-  is_causal: bool = False,
+  query: Queries, key: Keys, *, mask: Mask | None = None, is_causal: bool = False
 ) -> Float[Array, "b h n m"]:
   """Returns the attention map in float32, which `attend` does not return."""
   scale = query.shape[-1] ** -0.5
@@ -65,22 +66,15 @@ def _add_causal(mask: Array | None, query: Array, key: Array) -> Bool[Array, "#b
   return causal if mask is None else mask & causal
 
 
-def heads_first(x: Float[Array, "b n h d"]) -> Float[Array, "b*h n d"]:
+def heads_first(x: Queries) -> Float[Array, "b*h n d"]:
   """Returns the cache's layout; with others, XLA on CPUs copies the cache for each product."""
   return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
 def attend_cached(
-  query: Float[Array, "b n h d"],
-  key: Float[Array, "b*h m d"],
-  value: Float[Array, "b*h m d"],
-  past_length: Int[Array, ""],
+  query: Queries, key: Cached, value: Cached, past_length: Int[Array, ""]
 ) -> Float[Array, "b n h d"]:
-  """Attends causally from new positions to all positions up to themselves.
-
-  Keys and values are buffers in the layout of `heads_first`; `past_length` is the index of the
-  first new position in them.
-  """
+  """Attends causally from new positions, the first at `past_length`, up to themselves."""
   batch, new, heads, width = query.shape
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   scores = product("snd,smd->snm", heads_first(query), key) * width**-0.5
@@ -122,7 +116,7 @@ class MultiHeadAttention(nn.Module):
     keys: Float[Array, "b m e"] | None = None,
     values: Float[Array, "b m f"] | None = None,
     *,
-    mask: Bool[Array, "#b #h #n #m"] | None = None,
+    mask: Mask | None = None,
     is_causal: bool = False,
     past_length: Int[Array, ""] | None = None,
     train: bool = False,
@@ -134,9 +128,13 @@ class MultiHeadAttention(nn.Module):
     """
     keys = queries if keys is None else keys
     values = keys if values is None else values
-    query = checkpoint_name(self._heads("query", queries.shape[-1])(queries), "query")
-    key = checkpoint_name(self._heads("key", queries.shape[-1])(keys), "key")
-    value = checkpoint_name(self._heads("value", queries.shape[-1])(values), "value")
+    width = queries.shape[-1]
+    if width % self.num_heads:
+      raise ValueError(f"num_heads: {self.num_heads}; expected a divisor of the width {width}")
+    project = (self.num_heads, width // self.num_heads), self.qkv_bias, self.kernel_init
+    query = checkpoint_name(self._dense("query", *project)(queries), "query")
+    key = checkpoint_name(self._dense("key", *project)(keys), "key")
+    value = checkpoint_name(self._dense("value", *project)(values), "value")
     cached = self._cache(past_length, key=key, value=value)
     masked: dict[str, Any] = {"mask": mask, "is_causal": is_causal}
     if past_length is not None:
@@ -149,7 +147,7 @@ class MultiHeadAttention(nn.Module):
     else:
       context = attend(query, key, value, **masked, implementation=self.implementation)
     init = self.out_kernel_init or self.kernel_init
-    out = self._dense("out", queries.shape[-1], self.out_bias, init, axis=(-2, -1))(context)
+    out = self._dense("out", width, self.out_bias, init, axis=(-2, -1))(context)
     return checkpoint_name(out, "attention_out")
 
   def _cache(self, past_length: Int[Array, ""] | None, **new: Array) -> dict[str, Array]:
@@ -162,12 +160,6 @@ class MultiHeadAttention(nn.Module):
       for name, array in arrays.items():
         self.put_variable("cache", name, array)
     return arrays
-
-  def _heads(self, name: str, width: int) -> nn.Module:
-    if width % self.num_heads:
-      raise ValueError(f"num_heads: {self.num_heads}; expected a divisor of the width {width}")
-    shape = (self.num_heads, width // self.num_heads)
-    return self._dense(name, shape, self.qkv_bias, self.kernel_init)
 
   def _dense(self, name: str, shape: Any, bias: bool, init: Initializer, axis: Any = -1) -> Any:  # noqa: FBT001
     options: dict[str, Any] = {"use_bias": bias, "kernel_init": init, "dtype": self.dtype}

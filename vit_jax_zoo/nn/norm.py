@@ -10,10 +10,8 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.nn.init import kaiming_uniform
-
-NORMS = ("batch_norm", "frozen_batch_norm", "group_norm")
 
 
 class BatchNorm(nn.Module):
@@ -65,17 +63,17 @@ class FrozenBatchNorm(nn.Module):
   def __call__(self, x: Float[Array, "*b c"], *, train: bool = False) -> Float[Array, "*b c"]:
     """Returns `x` normalized with the stored statistics, in training, too."""
     del train
-    channels = x.shape[-1:]
     initial = {"mean": jnp.zeros, "var": jnp.ones, "scale": jnp.ones, "bias": jnp.zeros}
     frozen = {
-      k: self.variable("batch_stats", k, v, channels, jnp.float32).value for k, v in initial.items()
+      k: self.variable("batch_stats", k, v, x.shape[-1:], jnp.float32).value
+      for k, v in initial.items()
     }
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return _normalize(x, **frozen, epsilon=self.epsilon).astype(self.dtype)
 
 
 class GroupNorm(nn.GroupNorm):
-  """Linen's group norm with the call signature of the batch norms."""
+  """Linen's group norm (32 groups) with the call signature of the batch norms."""
 
   # E[x^2] - E[x]^2 cancels where a group is two nearly equal numbers.
   use_fast_variance: bool = False
@@ -86,22 +84,16 @@ class GroupNorm(nn.GroupNorm):
     return super().__call__(x)
 
 
+NORMS = {"batch_norm": BatchNorm, "frozen_batch_norm": FrozenBatchNorm, "group_norm": GroupNorm}
+
+
 def norm_factory(
-  kind: str,
-  *,
-  momentum: float = 0.9,
-  epsilon: float = 1e-5,
-  num_groups: int = 32,
-  dtype: Dtype = "float32",
+  kind: str, *, momentum: float = 0.9, epsilon: float = 1e-5, dtype: Dtype = "float32"
 ) -> Callable[..., nn.Module]:
   """Returns a function that creates a norm of a kind in `NORMS` from `name` and `scale_init`."""
-  if kind == "batch_norm":
-    return functools.partial(BatchNorm, momentum=momentum, epsilon=epsilon, dtype=dtype)
-  if kind == "frozen_batch_norm":
-    return functools.partial(FrozenBatchNorm, epsilon=epsilon, dtype=dtype)
-  if kind == "group_norm":
-    return functools.partial(GroupNorm, num_groups=num_groups, epsilon=epsilon, dtype=dtype)
-  raise ValueError(unknown_name("norm", kind, NORMS))
+  check_names("norm", [kind], NORMS)
+  averages = {"momentum": momentum} if kind == "batch_norm" else {}
+  return functools.partial(NORMS[kind], epsilon=epsilon, dtype=dtype, **averages)
 
 
 def conv_norm(
@@ -116,18 +108,14 @@ def conv_norm(
 ) -> Float[Array, "b h w f"]:
   """Applies a size x size convolution and its norm, `<name>_norm`, as submodules of `owner`.
 
-  `owner`, the calling module, has `dtype` and `norm`, a kind of `norm_factory`, or "none": the
-  convolution then has a bias.
+  `owner` has `dtype` and `norm`, a key of `NORMS`, or "none": the convolution then has a bias.
   """
-  padding, has_bias = ((size // 2, size // 2),) * 2, owner.norm == "none"
-  options = {"padding": padding, "use_bias": has_bias, "kernel_init": kernel_init}
-  x = nn.Conv(features, (size, size), **options, dtype=owner.dtype, name=name)(x)
+  options = {"use_bias": owner.norm == "none", "kernel_init": kernel_init, "dtype": owner.dtype}
+  x = nn.Conv(features, (size, size), **options, name=name)(x)
   return optional_norm(owner, name, x, train=train)
 
 
-def optional_norm(
-  owner: Any, name: str, x: Float[Array, "b *n c"], *, train: bool
-) -> Float[Array, "b *n c"]:
+def optional_norm(owner: Any, name: str, x: Float[Array, "b *n c"], *, train: bool) -> Array:
   """Applies the norm `<name>_norm` of `conv_norm`."""
   if owner.norm == "none":
     return x

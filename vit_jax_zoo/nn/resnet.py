@@ -4,13 +4,13 @@ Bottleneck blocks with PyTorch's padding, pooling and norms, for published weigh
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.typing import Dtype
+from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from vit_jax_zoo.errors import check_names
@@ -46,10 +46,6 @@ def _convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], precisi
   )
 
 
-def _forward(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], precision: Any) -> Any:
-  return _convolve(x, kernel, strides, precision), (x, kernel)
-
-
 def _backward(strides: tuple[int, int], precision: Any, kept: Any, gradient: jax.Array) -> Any:
   x, kernel = kept
   convolve = functools.partial(_convolve.fun, strides=strides, precision=precision)
@@ -63,7 +59,7 @@ def _backward(strides: tuple[int, int], precision: Any, kept: Any, gradient: jax
   return of_x, of_kernel[None, None]
 
 
-_convolve.defvjp(_forward, _backward)
+_convolve.defvjp(lambda x, kernel, *fields: (_convolve(x, kernel, *fields), (x, kernel)), _backward)
 
 
 # arXiv:1512.03385, Table 1; from 200 on, ResNet-RS (arXiv:2103.07579).
@@ -85,14 +81,12 @@ ACTIVATIONS = {"relu": nn.relu, "silu": nn.silu}
 
 
 def average_pool(
-  x: Float[Array, "b h w c"],
-  window: tuple[int, int],
-  strides: tuple[int, int],
-  padding: str | Sequence[tuple[int, int]],
+  x: Float[Array, "b h w c"], side: int, stride: int, padding: str | int
 ) -> Float[Array, "b h2 w2 c"]:
   """Returns the means of windows without padding; `nn.avg_pool` breaks with `jax_enable_x64`."""
-  ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
-  total, count = (nn.pool(y, 0.0, jax.lax.add, window, strides, padding) for y in (x, ones))
+  pads = padding if isinstance(padding, str) else ((padding, padding),) * 2
+  sizes, ones = ((side, side), (stride, stride)), jnp.ones((1, *x.shape[1:3], 1), x.dtype)
+  total, count = (nn.pool(y, 0.0, jax.lax.add, *sizes, pads) for y in (x, ones))
   return total / count
 
 
@@ -105,7 +99,7 @@ class ConvNorm(nn.Module):
   stride: int = 1
   dilation: int = 1
   activation: str | None = "relu"  # a key of `ACTIVATIONS`, or None
-  zero_init_scale: bool = False  # zero-initializes the norm's scale
+  scale_init: Initializer = nn.initializers.ones  # of the norm
   # computes gradients of 1x1 kernels as matrix products: faster on CPUs, with another rounding
   pointwise_products: bool = False
   dtype: Dtype = "float32"
@@ -115,13 +109,12 @@ class ConvNorm(nn.Module):
     """Returns a map of ceil(side / stride), with symmetric padding."""
     pad = self.dilation * (self.kernel_size // 2)
     as_product = self.pointwise_products and self.kernel_size == 1
-    window = ((self.kernel_size,) * 2, (self.stride,) * 2, ((pad, pad), (pad, pad)))
     options = {"use_bias": False, "kernel_init": kaiming_normal, "dtype": self.dtype}
     options["kernel_dilation"] = (self.dilation, self.dilation)
     options["conv_general_dilated"] = pointwise_conv if as_product else None
+    window = ((self.kernel_size,) * 2, (self.stride,) * 2, ((pad, pad), (pad, pad)))
     x = nn.Conv(self.features, *window, **options, name="conv")(x)
-    scale_init = nn.initializers.zeros if self.zero_init_scale else nn.initializers.ones
-    x = self.norm(scale_init=scale_init, name="norm")(x, train=train)
+    x = self.norm(scale_init=self.scale_init, name="norm")(x, train=train)
     return x if self.activation is None else ACTIVATIONS[self.activation](x)
 
 
@@ -134,8 +127,7 @@ class SqueezeExcite(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Returns `x` times the gates."""
-    channels = x.shape[-1]
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    channels, wide = x.shape[-1], jnp.promote_types(x.dtype, jnp.float32)
     pooled = jnp.mean(x, (1, 2), keepdims=True, dtype=wide).astype(x.dtype)
     hidden = nn.Dense(max(1, int(channels * self.ratio)), dtype=self.dtype, name="reduce")(pooled)
     gates = nn.Dense(channels, dtype=self.dtype, name="expand")(nn.relu(hidden))
@@ -143,14 +135,9 @@ class SqueezeExcite(nn.Module):
 
 
 class Stem(nn.Module):
-  """First layers, with total stride 4 ("conv3": 1).
+  """First layers, with total stride 4 ("conv3": 1), most with a max-pool."""
 
-  Kinds: "conv7" (7x7, max-pool), "deep" (ResNet-D: three 3x3, max-pool), "deep_strided" (ResNet-RS:
-  a strided 3x3 instead of the max-pool), "tiered" (timm: growing widths, max-pool) or "conv3" (one
-  3x3, for tiny images).
-  """
-
-  kind: str
+  kind: str  # one of `STEMS`
   width: int  # output channels
   norm: Callable[..., nn.Module]
   activation: str = "relu"
@@ -160,12 +147,12 @@ class Stem(nn.Module):
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 f"]:
     """Returns the feature map."""
     half, whole = self.width // 2, self.width
-    layers = {
+    layers = {  # channels, side of the kernel, stride
       "conv7": ((whole, 7, 2),),
-      "deep": ((half, 3, 2), (half, 3, 1), (whole, 3, 1)),
-      "deep_strided": ((half, 3, 2), (half, 3, 1), (whole, 3, 1), (whole, 3, 2)),
-      "tiered": ((3 * whole // 8, 3, 2), (half, 3, 1), (whole, 3, 1)),
-      "conv3": ((whole, 3, 1),),
+      "deep": ((half, 3, 2), (half, 3, 1), (whole, 3, 1)),  # ResNet-D
+      "deep_strided": ((half, 3, 2), (half, 3, 1), (whole, 3, 1), (whole, 3, 2)),  # ResNet-RS
+      "tiered": ((3 * whole // 8, 3, 2), (half, 3, 1), (whole, 3, 1)),  # timm
+      "conv3": ((whole, 3, 1),),  # for tiny images
     }[self.kind]
     for index, (features, size, stride) in enumerate(layers, start=1):
       fields = {"activation": self.activation, "dtype": self.dtype, "name": f"conv{index}"}
@@ -199,8 +186,8 @@ class Bottleneck(nn.Module):
     y = self._conv(self.width, 1, first_stride, name="conv1")(x, train=train)
     y = self.spatial(y, stride, train=train)
     # Starts as identity (arXiv:1706.02677, section 5.1).
-    last = self._conv(4 * self.width, 1, activation=None, zero_init_scale=True, name="conv3")
-    y = last(y, train=train)
+    fields = {"activation": None, "scale_init": nn.initializers.zeros}
+    y = self._conv(4 * self.width, 1, **fields, name="conv3")(y, train=train)
     if self.se_ratio:
       y = SqueezeExcite(self.se_ratio, self.dtype, name="se")(y)
     y = DropPath(name="drop_path")(y, self.drop_path_rate, train=train)
@@ -208,19 +195,16 @@ class Bottleneck(nn.Module):
     self.sow("intermediates", "output", y)
     return y
 
-  def spatial(
-    self, x: Float[Array, "b h w c"], stride: int, *, train: bool
-  ) -> Float[Array, "b h2 w2 c"]:
-    """Applies the 3x3 convolution, which subclasses may replace."""
+  def spatial(self, x: Float[Array, "b h w c"], stride: int, *, train: bool) -> Array:
+    """Applies the 3x3 convolution, which subclasses may replace; returns [b h2 w2 c]."""
     return self._conv(self.width, 3, stride, dilation=self.dilation, name="conv2")(x, train=train)
 
   def _skip(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 f"]:
-    features = 4 * self.width
-    if x.shape[-1] == features and self.stride == 1:
+    features, stride = 4 * self.width, self.stride
+    if x.shape[-1] == features and stride == 1:
       return x
-    stride = self.stride
     if self.shortcut == "avg_pool" and stride > 1:
-      x, stride = average_pool(x, (stride,) * 2, (stride,) * 2, "SAME"), 1
+      x, stride = average_pool(x, stride, stride, "SAME"), 1
     return self._conv(features, 1, stride, activation=None, name="shortcut")(x, train=train)
 
   def _conv(self, features: int, size: int, stride: int = 1, **fields: Any) -> ConvNorm:
@@ -253,9 +237,7 @@ class ResNet(nn.Module):
   dtype: Dtype = "float32"  # of the computation; parameters and statistics are float32
 
   @nn.compact
-  def __call__(
-    self, images: Float[Array, "b h w c"], *, train: bool = False
-  ) -> dict[str, Float[Array, "b _ _ _"]]:
+  def __call__(self, images: Float[Array, "b h w c"], *, train: bool = False) -> dict[str, Array]:
     """Returns "c2" to "c5" of normalized images, with strides 4, 8, 16, 32, or `output_stride`.
 
     The stem "conv3" has a quarter of these strides. With `train`, batch norms use batch statistics
@@ -272,14 +254,13 @@ class ResNet(nn.Module):
     x = stem(x, train=train)
     rates = iter(drop_path_rates(self.drop_path_rate, sum(self.blocks)))
     names = ("shortcut", "activation", "stride_in_1x1", "pointwise_products", "dtype")
-    shared = {name: getattr(self, name) for name in names}
+    fields = {"norm": make_norm, **{name: getattr(self, name) for name in names}}
     features = {}
     for stage, width, strides in zip(STAGES, self.widths, self._strides(), strict=True):
-      se_ratio = self.se_ratio * (stage in self.se_stages)
-      of_stage = {**shared, "width": width, "norm": make_norm, "se_ratio": se_ratio}
+      fields |= {"width": width, "se_ratio": self.se_ratio * (stage in self.se_stages)}
       for index, (stride, dilation) in enumerate(strides):
-        own = {"stride": stride, "dilation": dilation, "drop_path_rate": next(rates)}
-        block = self.block(stage, index, **of_stage, **own, name=f"{stage}_block{index}")
+        fields |= {"stride": stride, "dilation": dilation, "drop_path_rate": next(rates)}
+        block = self.block(stage, index, **fields, name=f"{stage}_block{index}")
         x = shard_batch(block(x, train=train))
       features[stage] = x
     return features

@@ -42,12 +42,11 @@ class Mlp(nn.Module):
     check_names("activation", [self.activation], ACTIVATIONS)
     names = ("use_bias", "kernel_init", "bias_init", "dtype")
     options: dict[str, Any] = {name: getattr(self, name) for name in names}
-    dot_general = matrix_product if is_for_cpu() else None
-    dense = functools.partial(nn.Dense, dot_general=dot_general, **options)
-    hidden = checkpoint_name(dense(self.hidden_dim, name="hidden")(x), "mlp_hidden")
-    hidden = ACTIVATIONS[self.activation](hidden)
+    options["dot_general"] = matrix_product if is_for_cpu() else None
+    hidden = nn.Dense(self.hidden_dim, **options, name="hidden")(x)
+    hidden = ACTIVATIONS[self.activation](checkpoint_name(hidden, "mlp_hidden"))
     hidden = nn.Dropout(self.dropout_rate)(hidden, deterministic=not train)
-    out = dense(x.shape[-1], name="out")(hidden)
+    out = nn.Dense(x.shape[-1], **options, name="out")(hidden)
     return nn.Dropout(self.dropout_rate)(out, deterministic=not train)
 
 
@@ -66,15 +65,6 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
 * "attention": 4 widths per token; the MLP's first product is recomputed too.
 * "full": none; the layer runs forward twice, about a third more FLOPs.
 """
-
-
-def _rematerialize(body: Callable[..., Any], remat: str, *, scanned: bool) -> Callable[..., Any]:
-  check_names("remat", [remat], REMAT_POLICIES)
-  saved = REMAT_POLICIES[remat]
-  if saved is None:
-    return body
-  policy = jax.checkpoint_policies.save_only_these_names(*saved)
-  return nn.remat(body, policy=policy, prevent_cse=not scanned)
 
 
 UNROLLED_DEPTH = 24
@@ -103,12 +93,8 @@ class Stack(nn.Module):
 
   @nn.compact
   def __call__(
-    self,
-    x: Float[Array, "b ..."],
-    *args: Any,
-    per_layer: Sequence[float] | None = None,
-    **kwargs: Any,
-  ) -> tuple[Float[Array, "b ..."], Any]:
+    self, x: Array, *args: Any, per_layer: Sequence[float] | None = None, **kwargs: Any
+  ) -> tuple[Array, Any]:
     """Returns the last layer's `x`, and the layers' outputs with a leading depth axis (or None)."""
 
     def body(layer: nn.Module, x: Array, value: Any) -> tuple[Array, Any]:
@@ -116,7 +102,10 @@ class Stack(nn.Module):
       return layer(x, *values, *args, **kwargs)  # pyrefly: ignore[not-callable]
 
     unroll = self.depth if self.depth <= UNROLLED_DEPTH and is_for_cpu() else 1
-    body = _rematerialize(body, self.remat, scanned=self.scan and unroll == 1)
+    check_names("remat", [self.remat], REMAT_POLICIES)
+    if (saved := REMAT_POLICIES[self.remat]) is not None:
+      policy = jax.checkpoint_policies.save_only_these_names(*saved)
+      body = nn.remat(body, policy=policy, prevent_cse=not (self.scan and unroll == 1))
     if self.scan:
       scan = nn.scan(
         body,

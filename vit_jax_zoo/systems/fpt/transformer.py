@@ -157,7 +157,7 @@ class OfficialSelfTransformer(nn.Module):
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w d"]:
     flat = (x.shape[0], -1, self.width)
     query_key = _pointwise(self.width, self.dtype, name="query_key")  # one convolution for both
-    pooled = average_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    pooled = average_pool(x, 3, 2, 1)
     query = query_key(x).reshape(flat)
     key = query_key(pooled).reshape(flat)
     value = _pointwise(self.width, self.dtype, name="value")(pooled).reshape(flat)

@@ -183,8 +183,7 @@ class LambdaLayer(nn.Module):
     self.sow("intermediates", "position_lambda", result.position_lambda)
     y = result.output.reshape(x.shape)
     if self.stride > 1:
-      window, padding = (self.pool_size,) * 2, ((self.pool_size % 2,) * 2,) * 2
-      y = average_pool(y, window, (self.stride,) * 2, padding)
+      y = average_pool(y, self.pool_size, self.stride, padding=self.pool_size % 2)
     y = y.astype(self.dtype)
     self.sow("intermediates", "output", y)
     return y
