@@ -1,16 +1,17 @@
 """Figures of super-resolution: images, source positions in the reference, matching confidence."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.figures.canvas import HEAT, QUIET, add_color_bar, hide_frame, show_image
 from vit_jax_zoo.systems.ttsr.psnr_ssim import psnr_y
 
+Arrays: TypeAlias = Mapping[str, Any]
 CELL = 2.1  # inches
 MAX_IMAGES = 4
 COLUMNS = (  # "truth" and "wrong reference" are optional
@@ -27,9 +28,7 @@ BATCH_COLUMNS = {  # of a training batch: title -> key
 }
 
 
-def draw_results(
-  batch: Mapping[str, Any], predictions: Mapping[str, Any], *, title: str = "Super-resolution"
-) -> Figure:
+def draw_results(batch: Arrays, predictions: Arrays, *, title: str = "Super-resolution") -> Figure:
   """Draws a row of images for each of the first examples, in the columns `COLUMNS`.
 
   All images but the input have one scale. "matched positions" colours each cell of the input by the
@@ -47,7 +46,7 @@ def draw_results(
   return figure
 
 
-def draw_batch(batch: Mapping[str, Any]) -> Figure:
+def draw_batch(batch: Arrays) -> Figure:
   """Draws a row of `BATCH_COLUMNS` for each example of a training batch, in [0, 255]."""
   figure, rows = _grid(batch, list(BATCH_COLUMNS), "Training batch")
   for i, row in enumerate(rows):
@@ -66,9 +65,7 @@ def position_colors(index: Int[np.ndarray, "h w"], grid: tuple[int, int]) -> UIn
   return np.round(255 * colors).astype(np.uint8)
 
 
-def _draw_row(
-  axes: Mapping[str, Axes], batch: Mapping[str, Any], predictions: Mapping[str, Any], i: int
-) -> None:
+def _draw_row(axes: Mapping[str, Axes], batch: Arrays, predictions: Arrays, i: int) -> None:
   height, width = batch["size"][i] if "size" in batch else batch["upsampled_image"].shape[1:3]
   cells = slice(0, -(-height // 4)), slice(0, -(-width // 4))
   large = {
@@ -80,8 +77,11 @@ def _draw_row(
   shown = {k: np.asarray(x[i])[:height, :width] for k, x in large.items() if x is not None}
   reference = np.asarray(batch["ref_image"][i])
   grid = reference.shape[0] // 4, reference.shape[1] // 4
-  key = position_colors(np.arange(grid[0] * grid[1]).reshape(grid), grid)
-  shown |= {"reference": reference, "positions": _tinted(reference, key)}
+  colors = position_colors(np.arange(grid[0] * grid[1]).reshape(grid), grid)
+  colors = np.kron(colors, np.ones((4, 4, 1), np.float32))
+  cropped = reference[: len(colors), : colors.shape[1]].astype(np.float32)
+  tint = 0.75 * colors * (0.35 + 0.65 * cropped.mean(axis=-1, keepdims=True) / 255)
+  shown |= {"reference": reference, "positions": 0.25 * cropped + tint}
   largest = np.max([image.shape[:2] for image in shown.values()], axis=0)
   for name, image in shown.items():
     show_image(axes[name], image)
@@ -101,16 +101,7 @@ def _draw_row(
   axes["similarity"].set_xlabel(f"{np.min(soft):.2f} to {np.max(soft):.2f}", fontsize=9)
 
 
-def _tinted(image: np.ndarray, colors: np.ndarray) -> Float[np.ndarray, "y x 3"]:
-  large = np.repeat(np.repeat(colors, 4, axis=0), 4, axis=1).astype(np.float32)
-  image = np.asarray(image, np.float32)[: large.shape[0], : large.shape[1]]
-  gray = image.mean(axis=-1, keepdims=True)
-  return 0.25 * image + 0.75 * large * (0.35 + 0.65 * gray / 255)
-
-
-def _grid(
-  batch: Mapping[str, Any], columns: list[str], title: str
-) -> tuple[Figure, list[dict[str, Axes]]]:
+def _grid(batch: Arrays, columns: list[str], title: str) -> tuple[Figure, list[dict[str, Axes]]]:
   count, height, width, _ = batch["upsampled_image"].shape
   rows, aspect = min(count, MAX_IMAGES), float(np.clip(height / width, 0.4, 1.6))
   if not rows:

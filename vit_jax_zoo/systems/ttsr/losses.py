@@ -1,6 +1,7 @@
 """TTSR's losses (arXiv:2006.04139, 3.3), per example, and the networks that they use."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +12,32 @@ from jaxtyping import Array, Float
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.nn.init import pytorch_uniform
 
+Maps: TypeAlias = Float[Array, "b h w c"]  # images or features
+PerExample: TypeAlias = Float[Array, " b"]
 
-def reconstruction_loss(
-  images: Float[Array, "b h w c"], truths: Float[Array, "b h w c"]
-) -> Float[Array, " b"]:
+
+def reconstruction_loss(images: Maps, truths: Maps) -> PerExample:
   """Returns the mean absolute difference."""
-  return _mean(jnp.abs(images - truths))
+  return jnp.mean(jnp.abs(images - truths), axis=(1, 2, 3))
+
+
+def squared_difference(features: Maps, truths: Maps) -> PerExample:
+  """Returns the mean squared difference."""
+  return jnp.mean((features - truths) ** 2, axis=(1, 2, 3))
+
+
+def transferal_loss(features: Sequence[Array], textures: Sequence[Array]) -> PerExample:
+  """Returns the mean squared difference, also over levels, of the output's features (3.3)."""
+  levels = [
+    squared_difference(feature.astype(jnp.float32), texture.astype(jnp.float32))
+    for feature, texture in zip(features, textures, strict=True)
+  ]
+  return jnp.mean(jnp.stack(levels), axis=0)
 
 
 def wasserstein_loss(
-  score: Callable[[Float[Array, "b h w c"]], Float[Array, " b"]],
-  images: Float[Array, "b h w c"],
-  truths: Float[Array, "b h w c"],
-  epsilon: Float[Array, " b"],
-) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+  score: Callable[[Maps], PerExample], images: Maps, truths: Maps, epsilon: PerExample
+) -> tuple[PerExample, PerExample]:
   """Returns score(image) - score(truth) and (|gradient| - 1)^2: WGAN-GP, arXiv:1704.00028, Eq. 3.
 
   The gradient is that of `score` at `images` and `truths` mixed, with the weight `epsilon` of the
@@ -38,28 +51,6 @@ def wasserstein_loss(
   return score(images) - score(truths), (norms - 1) ** 2
 
 
-def squared_difference(
-  features: Float[Array, "b ..."], truths: Float[Array, "b ..."]
-) -> Float[Array, " b"]:
-  """Returns the mean squared difference."""
-  return _mean((features - truths) ** 2)
-
-
-def transferal_loss(
-  features: Sequence[Float[Array, "b ..."]], textures: Sequence[Float[Array, "b ..."]]
-) -> Float[Array, " b"]:
-  """Returns the mean squared difference, also over levels, of the output's features (3.3)."""
-  levels = [
-    squared_difference(feature.astype(jnp.float32), texture.astype(jnp.float32))
-    for feature, texture in zip(features, textures, strict=True)
-  ]
-  return jnp.mean(jnp.stack(levels), axis=0)
-
-
-def _mean(values: Float[Array, "b ..."]) -> Float[Array, " b"]:
-  return jnp.mean(values, axis=tuple(range(1, values.ndim)))
-
-
 class Conv(nn.Module):
   """Convolution with PyTorch's initialisation and padding; sides become ceil(side / stride)."""
 
@@ -70,7 +61,7 @@ class Conv(nn.Module):
   precision: PrecisionLike = None
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
+  def __call__(self, x: Maps) -> Float[Array, "b h2 w2 f"]:
     init, side = pytorch_uniform(self.kernel_size**2 * x.shape[-1]), self.kernel_size
     conv = nn.Conv(
       self.features, (side, side), self.stride, side // 2,
@@ -90,9 +81,8 @@ class Discriminator(nn.Module):
   hidden: int = 1024  # units of the dense layer before the last, in the official code
 
   @nn.compact
-  def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, " b"]:
+  def __call__(self, x: Float[Array, "b h w 3"]) -> PerExample:
     """Returns an unbounded score for each image in [-1, 1]."""
-    x = images
     for index, width in enumerate(self.widths, 1):
       for stride in (1, 2):
         x = nn.leaky_relu(Conv(width, stride=stride, name=f"conv{index}_{stride}")(x), 0.2)
@@ -117,13 +107,8 @@ class VGG19(nn.Module):
   dtype: Dtype = "float32"
 
   @nn.compact
-  def __call__(
-    self, images: Float[Array, "b h w 3"], *, precise: bool = False
-  ) -> dict[str, Float[Array, "b ..."]]:
-    """Returns features by the names of `outputs`, of images in [-1, 1].
-
-    `precise` computes in float32 at the highest precision instead of in `dtype`.
-    """
+  def __call__(self, images: Maps, *, precise: bool = False) -> dict[str, Array]:
+    """Returns `outputs` of images in [-1, 1]; `precise`: in float32 at the highest precision."""
     dtype = jnp.promote_types(images.dtype, jnp.float32) if precise else self.dtype
     precision = "highest" if precise else None
     mean, std = (jnp.asarray(x, dtype).reshape(1, 1, 1, 3) for x in (IMAGENET_MEAN, IMAGENET_STD))

@@ -22,8 +22,8 @@ from vit_jax_zoo.nn.transformer import Stack
 from vit_jax_zoo.ops.checks import check_positive
 from vit_jax_zoo.ops.resize import METHODS
 from vit_jax_zoo.ops.sharding import shard_batch
-from vit_jax_zoo.systems.ttsr.losses import VGG19, Conv
-from vit_jax_zoo.systems.ttsr.search import BLOCK_SIZE, find_matches, transfer
+from vit_jax_zoo.systems.ttsr.losses import VGG19, Conv, Maps
+from vit_jax_zoo.systems.ttsr.search import BLOCK_SIZE, find_matches, transfer_levels
 
 SCALE = 4  # ratio of the sides of output and input
 # Outputs of the texture extractor: maps of the image's sides, a half and a quarter of them.
@@ -72,41 +72,29 @@ class TTSR(nn.Module):
     """
     del train
     given = (low_res_image, upsampled_image, ref_image, blurred_ref_image)
-    low_res_image, upsampled_image, ref_image, blurred_ref_image = map(jnp.asarray, given)
     _check_sizes(*given)
+    low_res_image, upsampled_image, ref_image, blurred_ref_image = map(jnp.asarray, given)
 
     query = self.textures(shard_batch(upsampled_image), precise=True)[2]  # Eq. 1
     key = self.textures(shard_batch(blurred_ref_image), precise=True)[2]  # Eq. 2
     values = self.textures(shard_batch(ref_image))[::-1]  # Eq. 3
     hard, soft = find_matches(query, key, block_size=self.block_size)  # Eq. 4, 5 and 7
-    textures = [
-      transfer(value, hard, grid_width=key.shape[2], scale=scale)  # Eq. 6
-      for value, scale in zip(values, (1, 2, 4), strict=True)
-    ]
-    return {
-      "image": self.restore(low_res_image, soft, textures),
-      "hard_attention": hard,
-      "soft_attention": soft,
-      "textures": tuple(textures),
-    }
+    textures = transfer_levels(values, hard)  # Eq. 6
+    image = self.restore(low_res_image, soft, textures)
+    attention = {"hard_attention": hard, "soft_attention": soft}
+    return {"image": image, **attention, "textures": textures}
 
-  def textures(
-    self, images: Float[Array, "b h w 3"], *, precise: bool = False
-  ) -> tuple[Float[Array, "b ..."], ...]:
+  def textures(self, images: Maps, *, precise: bool = False) -> tuple[Array, ...]:
     """Returns the texture extractor's features of images in [-1, 1], at `LEVELS`."""
     features = self.extractor(images, precise=precise)
     return tuple(features[level] for level in LEVELS)
 
   @nn.compact
   def restore(
-    self,
-    low_res_image: Float[Array, "b h w 3"],
-    soft_attention: Float[Array, "b h w"],
-    textures: Sequence[Float[Array, "b ..."]],
+    self, low_res_image: Maps, soft_attention: Float[Array, "b h w"], textures: Sequence[Array]
   ) -> Float[Array, "b h4 w4 3"]:
     """Returns the image of the stacked texture transformers (3.2, figure 3), after the search."""
-    soft = soft_attention[..., None]
-    conv = functools.partial(Conv, dtype=self.dtype)
+    soft, conv = soft_attention[..., None], functools.partial(Conv, dtype=self.dtype)
     x = nn.relu(conv(self.width, name="head")(low_res_image))
     x1 = x + self._residual(0, "shallow")(x)
     self.sow("intermediates", "after_shallow", x1)
@@ -160,14 +148,14 @@ class Exchange(nn.Module):
     """Merges maps of growing size, each twice the one before."""
     merged = []
     for target, own in enumerate(maps, 1):
-      others = [(i, x) for i, x in enumerate(maps, 1) if i != target]
-      moved = [self._move(x, i, target) for i, x in others]
-      factors = [1, *(2 ** max(target - i, 0) for i, _ in others)]
+      others = [i for i in range(1, len(maps) + 1) if i != target]
+      moved = [self._move(maps[i - 1], i, target) for i in others]
+      factors = [1, *(2 ** max(target - i, 0) for i in others)]
       merge = ConcatConv(self.width, dtype=self.dtype, name=f"merge{target}")
       merged.append(nn.relu(merge(own, *moved, factors=factors)))
     return merged
 
-  def _move(self, x: Float[Array, "b h w c"], source: int, target: int) -> Float[Array, "b ..."]:
+  def _move(self, x: Maps, source: int, target: int) -> Array:
     name = f"from{source}_to{target}"
     if source < target:
       return Conv(self.width, 1, dtype=self.dtype, name=name)(x)
@@ -184,9 +172,7 @@ class MergeTail(nn.Module):
   dtype: Dtype = "float32"
 
   @nn.compact
-  def __call__(
-    self, x1: Float[Array, "b h w c"], x2: Float[Array, "b ..."], x3: Float[Array, "b ..."]
-  ) -> Float[Array, "b h4 w4 3"]:
+  def __call__(self, x1: Maps, x2: Array, x3: Array) -> Float[Array, "b h4 w4 3"]:
     x1 = Conv(self.width, 1, dtype=self.dtype, name="from1")(x1)
     x2 = Conv(self.width, 1, dtype=self.dtype, name="from2")(x2)
     merge = ConcatConv(self.width, dtype=self.dtype, name="merge")
@@ -204,7 +190,7 @@ class ResidualStage(nn.Module):
   dtype: Dtype = "float32"
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+  def __call__(self, x: Maps) -> Maps:
     make = functools.partial(ResidualBlock, self.width, self.dtype)
     blocks = Stack(make, self.depth, self.scan_layers)
     nn.share_scope(self, blocks)
@@ -218,7 +204,7 @@ class ResidualBlock(nn.Module):
   dtype: Dtype = "float32"
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h w c"], None]:
+  def __call__(self, x: Maps) -> tuple[Maps, None]:
     out = nn.relu(Conv(self.width, dtype=self.dtype, name="conv1")(shard_batch(x)))
     return x + Conv(self.width, dtype=self.dtype, name="conv2")(out), None
 
@@ -226,17 +212,14 @@ class ResidualBlock(nn.Module):
 class ConcatConv(nn.Module):
   """`Conv` of concatenated maps, computed as the sum of a convolution of each.
 
-  The concatenation would be the largest array at full size; so each map is enlarged just before its
-  convolution.
+  The concatenation would be the largest array: each map is enlarged just before its convolution.
   """
 
   features: int
   dtype: Dtype = "float32"  # of the products, which are summed in float32
 
   @nn.compact
-  def __call__(
-    self, *maps: Float[Array, "b ..."], factors: Sequence[int] | None = None
-  ) -> Float[Array, "b h w f"]:
+  def __call__(self, *maps: Array, factors: Sequence[int] | None = None) -> Float[Array, "b h w f"]:
     """Convolves maps, 3x3; those with a factor above 1 are enlarged by it before, with a ReLU."""
     widths = [x.shape[-1] for x in maps]
     init = pytorch_uniform(9 * sum(widths))
@@ -249,15 +232,13 @@ class ConcatConv(nn.Module):
       if factor > 1:  # the paper's 1x1 convolution before it commutes with bicubic enlargement
         x = nn.relu(upsample_bicubic(x, factor))
       part = jnp.asarray(kernel[:, :, first : first + width], self.dtype)
-      numbers, padding = ("NHWC", "HWIO", "NHWC"), ((1, 1), (1, 1))
-      total = total + lax.conv_general_dilated(
-        x.astype(self.dtype), part, (1, 1), padding, dimension_numbers=numbers
-      ).astype(wide)
-      first += width
+      fields = {"padding": ((1, 1), (1, 1)), "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+      product = lax.conv_general_dilated(x.astype(self.dtype), part, (1, 1), **fields)
+      total, first = total + product.astype(wide), first + width
     return total.astype(self.dtype)
 
 
-def upsample_bicubic(x: Float[Array, "b h w c"], factor: int) -> Float[Array, "b hf wf c"]:
+def upsample_bicubic(x: Maps, factor: int) -> Float[Array, "b hf wf c"]:
   """Enlarges a map as PyTorch's `interpolate(mode="bicubic", align_corners=False)`.
 
   a = -0.75 (Pillow's and JAX's filters have -0.5), half-pixel centres, edges repeated.

@@ -16,19 +16,12 @@ import numpy as np
 from jaxtyping import Array, Num, UInt8
 
 from vit_jax_zoo.data.transforms.super_resolution import SCALE, crop_to_multiple, enlarge, shrink
-from vit_jax_zoo.inference.base import (
-  Image,
-  Options,
-  Picture,
-  Predictor,
-  Result,
-  Trained,
-  read_image,
-)
+from vit_jax_zoo.inference import base
+from vit_jax_zoo.inference.base import Image, Result
 from vit_jax_zoo.inference.progress import track
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.systems.ttsr.figures import draw_results
-from vit_jax_zoo.systems.ttsr.search import Match, find_matches, transfer
+from vit_jax_zoo.systems.ttsr.search import Match, find_matches, transfer_levels
 from vit_jax_zoo.systems.ttsr.task import to_pixels
 
 # Default of `--tile`: side of a window, in pixels of the input (about 480x270 pixels). Images with
@@ -37,12 +30,12 @@ WINDOW = 360
 SEARCH_REACH = 8  # bounds the radius of the features' receptive field, 5, in pixels of the input
 
 
-class SuperResolutionPredictor(Predictor):
+class SuperResolutionPredictor(base.Predictor):
   """Enlarges images four times; the reference's features are computed once."""
 
   reads: ClassVar[frozenset[str]] = frozenset({"reference", "tile"})
 
-  def __init__(self, trained: Trained, options: Options) -> None:
+  def __init__(self, trained: base.Trained, options: base.Options) -> None:
     if options.reference is None:
       raise ValueError("--reference: missing; super-resolution needs one, --reference=ref.jpg")
     self._model: Any = trained.model
@@ -62,11 +55,10 @@ class SuperResolutionPredictor(Predictor):
   @classmethod
   def example_input(cls, example: Mapping[str, Any]) -> dict[str, Image]:
     """Returns the small image, and its reference."""
-    image, reference = read_image(example["image"]), read_image(example["reference"])
+    image, reference = (base.read_image(example[name]) for name in ("image", "reference"))
     return {"image": shrink(crop_to_multiple(image, "the image")), "reference": reference}
 
   def prepare(self, image: Image) -> dict[str, Image]:
-    """Returns the image as it is."""
     return {"image": image}
 
   def predict(self, images: Sequence[np.ndarray], batch: Mapping[str, np.ndarray]) -> list[Result]:
@@ -83,34 +75,33 @@ class SuperResolutionPredictor(Predictor):
       side = min(self._window, math.isqrt(image.shape[0] * image.shape[1]))
       smallest = self._min_window * 9 // 8  # a smaller tile would be mostly overlap
       smaller = f"a smaller tile (slower), --tile={max(side * 3 // 4, smallest)}, or "
+      advice = f"use {smaller if side > smallest else ''}a smaller reference"
       sizes = " and ".join(f"{x.shape[1]}x{x.shape[0]}" for x in (image, self._reference))
-      raise ValueError(
-        f"out of memory: image and reference have {sizes} pixels; use "
-        f"{smaller if side > smallest else ''}a smaller reference"
-      ) from error
+      wrong = f"out of memory: image and reference have {sizes} pixels"
+      raise ValueError(f"{wrong}; {advice}") from error
 
   def _enlarge(self, image: Image) -> Result:
     upsampled = enlarge(image, [SCALE * side for side in image.shape[:2]])
     match = self._match(upsampled)
     result, windows = self._assemble(image, match)
-    index, soft = (np.asarray(x[0]) for x in match)
     record = {
       "size": list(result.shape[:2]),
       "reference_size": list(self._reference.shape[:2]),
       "windows": windows,
-      "mean_soft_attention": float(soft.mean()),
-      "reference_cells_used": len(np.unique(index)),
+      "mean_soft_attention": float(np.asarray(match.relevance).mean()),
+      "reference_cells_used": len(np.unique(match.index)),
     }
-    batch = {"low_res_image": image[None], "upsampled_image": upsampled[None]}
-    batch["ref_image"] = self._reference[None]
-    found = {"image": result[None], "hard_attention": index[None], "soft_attention": soft[None]}
-    title = "Super-resolution, and where its textures are from"
-    size = f"{result.shape[1]}x{result.shape[0]} pixels"
 
-    def draw() -> dict[str, Picture]:
+    def draw() -> dict[str, base.Picture]:
+      batch = {"low_res_image": image, "upsampled_image": upsampled, "ref_image": self._reference}
+      batch = {name: x[None] for name, x in batch.items()}
+      found = {"image": result[None]}
+      found |= {"hard_attention": match.index, "soft_attention": match.relevance}
+      title = "Super-resolution, and where its textures are from"
       return {"": result, "search": draw_results(batch, found, title=title)}
 
-    return Result(record, draw, f"enlarged to {size}", image=result)
+    size = f"{result.shape[1]}x{result.shape[0]}"
+    return Result(record, draw, f"enlarged to {size} pixels", image=result)
 
   @functools.cached_property
   def _reference_features(self) -> tuple[Array, tuple[Array, ...]]:
@@ -123,10 +114,9 @@ class SuperResolutionPredictor(Predictor):
     size = tuple(side // SCALE for side in upsampled.shape[:2])
     match = np.zeros((1, *size), np.int32), np.zeros((1, *size), np.float32)
     windows = list(cut(size, self._window, SEARCH_REACH))
+    keys, _ = self._reference_features
     for part in track(windows, "searching", len(windows), "windows"):
-      found = self._jitted_search(
-        _batch(upsampled[scaled(part.outer)]), self._reference_features[0]
-      )
+      found = self._jitted_search(_batch(upsampled[scaled(part.outer)]), keys)
       for whole, own in zip(match, found, strict=True):
         whole[0][part.core] = np.asarray(own)[0][part.middle]
     return Match(*map(jnp.asarray, match))
@@ -135,10 +125,9 @@ class SuperResolutionPredictor(Predictor):
     result = np.zeros((1, *(SCALE * side for side in image.shape[:2]), 3), np.uint8)
     windows = list(cut(image.shape[:2], self._window, self._model.reach))
     for part in track(windows, "enlarging", len(windows), "windows"):
-      rows, columns = part.outer
-      around = Match(*(x[:, rows, columns] for x in match))
+      around = Match(*(x[:, *part.outer] for x in match))
       textures = self._reference_features[1]
-      restored = self._jitted_restore(_batch(image[rows, columns]), around, textures)
+      restored = self._jitted_restore(_batch(image[part.outer]), around, textures)
       result[0][scaled(part.core)] = np.asarray(restored)[0][scaled(part.middle)]
     return result[0], len(windows)
 
@@ -151,11 +140,7 @@ class SuperResolutionPredictor(Predictor):
     return find_matches(queries, keys, block_size=self._model.block_size)
 
   def _restore(self, image: Array, match: Match, values: tuple[Array, ...]) -> Array:
-    textures = [
-      transfer(value, match.index, grid_width=values[0].shape[2], scale=scale)
-      for value, scale in zip(values, (1, 2, 4), strict=True)
-    ]
-    inputs = normalize_images(image), match.relevance, textures
+    inputs = normalize_images(image), match.relevance, transfer_levels(values, match.index)
     return to_pixels(self._model.apply(self._variables, *inputs, method="restore"))
 
 
@@ -180,9 +165,9 @@ class Window(NamedTuple):
   middle: tuple[slice, ...]  # the core's, of the window
 
 
-def scaled(slices: tuple[slice, ...], scale: int = SCALE) -> tuple[slice, ...]:
-  """Returns the slices in an image of `scale` times the sides."""
-  return tuple(slice(scale * side.start, scale * side.stop) for side in slices)
+def scaled(slices: tuple[slice, ...]) -> tuple[slice, ...]:
+  """Returns the slices in pixels of the output."""
+  return tuple(slice(SCALE * side.start, SCALE * side.stop) for side in slices)
 
 
 def cut(size: tuple[int, ...], window: int, reach: int) -> Iterator[Window]:

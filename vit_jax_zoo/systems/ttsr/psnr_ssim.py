@@ -46,21 +46,20 @@ def score(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h2 w2 3"]) ->
     return dict.fromkeys(SCORES, math.nan)
   height, width = (min(a, b) for a, b in zip(image.shape[:2], truth.shape[:2], strict=True))
   image, truth = image[:height, :width], truth[:height, :width]
-  side, equal = min(height, width), np.array_equal(image, truth)
-  peak, similarity = metrics.peak_signal_noise_ratio, metrics.structural_similarity
-  found = (
-    psnr_y(image, truth),
-    ssim_y(image, truth) if side >= _WINDOW else math.inf,
-    math.inf if equal else peak(truth, image, data_range=255),
-    similarity(truth, image, data_range=255, channel_axis=-1)
-    if side >= _SKIMAGE_WINDOW
-    else math.inf,
-  )
-  return dict(zip(SCORES, map(float, found), strict=True))
+  side, found = min(height, width), dict.fromkeys(SCORES, math.inf)
+  found["psnr"] = psnr_y(image, truth)
+  if side >= _WINDOW:
+    found["ssim"] = ssim_y(image, truth)
+  if not np.array_equal(image, truth):
+    found["skimage_psnr"] = metrics.peak_signal_noise_ratio(truth, image, data_range=255)
+  if side >= _SKIMAGE_WINDOW:
+    fields = {"data_range": 255, "channel_axis": -1}
+    found["skimage_ssim"] = metrics.structural_similarity(truth, image, **fields)
+  return {name: float(value) for name, value in found.items()}
 
 
 class SuperResolutionEvaluator(Evaluator):
-  """Means of the scores over images.
+  """Means of the scores over images; batches and predictions are those of `SuperResolution`.
 
   An image of infinite PSNR (equal to its ground truth), or undefined SSIM (too small), is left out
   of that score's mean and counted in "<score>_excluded"; a score of which all are excluded is
@@ -81,11 +80,6 @@ class SuperResolutionEvaluator(Evaluator):
     self.counts: collections.Counter[str] = collections.Counter()
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Adds one batch, images in [0, 255].
-
-    `batch`: `image` [b H W 3], the ground truth, `upsampled_image`, its bicubic enlargement;
-    optional `size` [b 2], `mask` [b]. `predictions`: `image`; optional `wrong_reference_image`.
-    """
     truths = np.asarray(batch["image"])
     sizes = np.asarray(batch.get("size", [truths.shape[1:3]] * len(truths)))
     kinds = {"": predictions["image"], "bicubic_": batch["upsampled_image"]}

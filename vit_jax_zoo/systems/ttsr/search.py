@@ -7,8 +7,8 @@ three pixels, `P(q, r) = C(q-1, r-1) + C(q, r) + C(q+1, r+1)`, a third of the mu
 `h w` of the query map, `i j` of the reference, `c` channels.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +22,20 @@ PATCH = 3
 _EPSILON = 1e-12  # minimum norm of a patch, as in the official code
 _OUTSIDE = -PATCH  # a row whose patch lies outside of the map
 
+Queries: TypeAlias = Float[Array, "b h w c"]
+References: TypeAlias = Float[Array, "b i j c"]
+Index: TypeAlias = Int[Array, "b h w"]
+
 
 class Match(NamedTuple):
   """The best match of each patch: hard (Eq. 5) and soft attention (Eq. 7)."""
 
-  index: Int[Array, "b h w"]  # i * width + j of the reference patch's centre; first of equal ones
+  index: Index  # i * width + j of the reference patch's centre; first of equal ones
   relevance: Float[Array, "b h w"]  # cosine of the two patches, float32
 
 
 def find_matches(
-  queries: Float[Array, "b h w c"],
-  references: Float[Array, "b i j c"],
-  *,
-  block_size: tuple[int, int] = BLOCK_SIZE,
+  queries: Queries, references: References, *, block_size: tuple[int, int] = BLOCK_SIZE
 ) -> Match:
   """Returns the most similar 3x3 patch of a reference map for each 3x3 patch of a map (Eq. 4).
 
@@ -49,9 +50,7 @@ def find_matches(
   return Match(index, relevance_of(queries, references, index))
 
 
-def relevance_of(
-  queries: Float[Array, "b h w c"], references: Float[Array, "b i j c"], index: Int[Array, "b h w"]
-) -> Float[Array, "b h w"]:
+def relevance_of(queries: Queries, references: References, index: Index) -> Float[Array, "b h w"]:
   """Returns the cosine of each query patch and the reference patch at `index` (float32)."""
   queries, references = _wide(queries), _wide(references)
   rows, columns = jnp.divmod(index, references.shape[2])
@@ -70,7 +69,7 @@ def relevance_of(
 
 
 def transfer(
-  reference: Float[Array, "b y x c"], index: Int[Array, "b h w"], *, grid_width: int, scale: int = 1
+  reference: Float[Array, "b y x c"], index: Index, *, grid_width: int, scale: int = 1
 ) -> Float[Array, "b hs ws c"]:
   """Returns the mean of the overlapping reference patches of all matches (Eq. 6).
 
@@ -97,9 +96,14 @@ def transfer(
   return total.reshape(batch, height * scale, width * scale, -1)
 
 
-def _search(
-  queries: Float[Array, "b h w c"], references: Float[Array, "b i j c"], block: tuple[int, int]
-) -> Int[Array, "b h w"]:
+def transfer_levels(values: Sequence[Array], index: Index) -> tuple[Array, ...]:
+  """Returns the textures of maps of 1, 2 and 4 times the sides of the searched map."""
+  width = values[0].shape[2]
+  levels = zip(values, (1, 2, 4), strict=True)
+  return tuple(transfer(value, index, grid_width=width, scale=scale) for value, scale in levels)
+
+
+def _search(queries: Queries, references: References, block: tuple[int, int]) -> Index:
   """Returns the first index of the largest cosine.
 
   Positions are numbered along rows padded with a zero at either end: neighbours have constant
@@ -140,7 +144,7 @@ def _search(
   return positions // (columns + 2) * columns + positions % (columns + 2) - 1
 
 
-def _column_reader(maps: Float[Array, "b h w c"], block: int) -> Callable[[Array], Array]:
+def _column_reader(maps: Queries, block: int) -> Callable[[Array], Array]:
   """Returns a function from a position to a block's columns of three pixels, `[b block+2 3c]`."""
   stride = maps.shape[2] + 2
   count = maps.shape[1] * stride
@@ -155,7 +159,7 @@ def _column_reader(maps: Float[Array, "b h w c"], block: int) -> Callable[[Array
   return read
 
 
-def _inverse_lengths(maps: Float[Array, "b h w c"]) -> Float[Array, "b h w"]:
+def _inverse_lengths(maps: Queries) -> Float[Array, "b h w"]:
   squares = _pad(jnp.sum(maps**2, axis=-1))
   height, width = maps.shape[1:3]
   total = sum(squares[:, y : y + height, x : x + width] for y in range(PATCH) for x in range(PATCH))
@@ -163,9 +167,7 @@ def _inverse_lengths(maps: Float[Array, "b h w c"]) -> Float[Array, "b h w"]:
   return lax.rsqrt(jnp.maximum(jnp.asarray(total), _EPSILON**2))
 
 
-def _windows(
-  maps: Float[Array, "b y x c"], rows: Int[Array, "b h w"], columns: Int[Array, "b h w"], size: int
-) -> Float[Array, "b h w s s c"]:
+def _windows(maps: References, rows: Index, columns: Index, size: int) -> Array:
   numbers = lax.GatherDimensionNumbers((2, 3, 4), collapsed_slice_dims=(), start_index_map=(0, 1))
 
   def gather(one: Array, corners: Array) -> Array:
@@ -186,8 +188,7 @@ def _pad(x: Array, value: Any = 0) -> Array:
 
 
 def _offsets() -> Int[Array, "9 2"]:
-  steps = jnp.arange(-1, 2, dtype=jnp.int32)
-  return jnp.stack(jnp.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
+  return jnp.indices((PATCH, PATCH), jnp.int32).reshape(2, -1).T - 1
 
 
 def _wide(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +18,12 @@ from vit_jax_zoo.systems.ttsr import figures as draw
 from vit_jax_zoo.systems.ttsr import losses
 from vit_jax_zoo.systems.ttsr.psnr_ssim import SuperResolutionEvaluator
 from vit_jax_zoo.tasks import base
+from vit_jax_zoo.tasks.base import Batch, LossContext, LossOutput, Variables
+from vit_jax_zoo.training import train_step as steps
 from vit_jax_zoo.training.optim import Optimizer
-from vit_jax_zoo.training.train_step import (
-  Metrics,
-  TrainState,
-  TrainStep,
-  accumulate,
-  split_batch,
-  update_ema,
-  update_rng,
-)
+from vit_jax_zoo.training.train_step import TrainState
 
+Terms: TypeAlias = tuple[losses.PerExample, dict[str, Any]]  # the loss; metrics, and if they count
 INPUTS = ("low_res_image", "upsampled_image", "ref_image", "blurred_ref_image")  # of the model
 
 
@@ -79,6 +74,10 @@ class SuperResolution(base.Task):
     return (base.OptimGroup("discriminator", updates, self.begin_step), generator)
 
   @property
+  def best_metric(self) -> str:
+    return "psnr"
+
+  @property
   def weight_files(self) -> Mapping[str, str]:
     parts = ("vgg", "params/generator/extractor")
     return dict.fromkeys(parts, self.vgg_file) if self.vgg_file else {}
@@ -88,26 +87,20 @@ class SuperResolution(base.Task):
     """Sub-trees that only the losses use; "critic" is the discriminator of earlier runs."""
     return ("vgg", "params/discriminator", "params/critic")
 
-  @property
-  def best_metric(self) -> str:
-    return "psnr"
-
-  def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
+  def init(self, rng: jax.Array, batch: Batch) -> Variables:
     generator, discriminator, vgg = jax.random.split(rng, 3)
     params = {"generator": self.model.init(generator, *self._inputs(batch))["params"]}
-    truth = _normalised(batch["image"])
+    truth = normalize_images(jnp.asarray(batch["image"]))
     if self.adversarial_weight:
       params["discriminator"] = self._discriminator.init(discriminator, truth)["params"]
     vgg_params = {"vgg": self._vgg.init(vgg, truth)["params"]} if self.perceptual_weight else {}
     return {"params": params, **vgg_params}
 
-  def make_train_step(self, optimizers: Sequence[Optimizer], **options: Any) -> TrainStep:
+  def make_train_step(self, optimizers: Sequence[Optimizer], **options: Any) -> steps.TrainStep:
     return make_train_step(self, optimizers, **options)
 
-  def precompute(
-    self, variables: base.Variables, batch: base.Batch, context: base.LossContext
-  ) -> Float[Array, "b h w 3"] | None:
-    """Returns the generated images of all updates of the discriminator.
+  def precompute(self, variables: Variables, batch: Batch, context: LossContext) -> Array | None:
+    """Returns the generated images [b 4h 4w 3] of all updates of the discriminator.
 
     The generator's loss recomputes them: reusing them would save its activations for every
     micro-batch.
@@ -116,9 +109,7 @@ class SuperResolution(base.Task):
       return None
     return self._generate(variables["params"]["generator"], batch)["image"]
 
-  def loss(
-    self, variables: base.Variables, batch: base.Batch, context: base.LossContext
-  ) -> base.LossOutput:
+  def loss(self, variables: Variables, batch: Batch, context: LossContext) -> LossOutput:
     """Returns these examples' part of the generator's or the discriminator's loss.
 
     Metrics: "loss", the generator's, and its unweighted terms "reconstruction_loss",
@@ -131,13 +122,13 @@ class SuperResolution(base.Task):
     name = "loss" if is_generator else "discriminator_loss"
     values, metrics = terms(variables, batch, context)
     metrics = {k: base.Mean.of(value, mask & active) for k, (value, active) in metrics.items()}
-    return base.LossOutput(
+    return LossOutput(
       loss=jnp.sum(jnp.where(mask, values, 0.0)) / context.normalizers["examples"],
       metrics={name: base.Mean.of(values, mask)} | metrics,
       model_state={key: tree for key, tree in variables.items() if key != "params"},
     )
 
-  def predict(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
+  def predict(self, variables: Variables, batch: Batch) -> base.Predictions:
     """Returns `image` uint8 [b 4h 4w 3]; `hard_attention` and `soft_attention` of the model.
 
     With `wrong_references` also `wrong_reference_image`.
@@ -157,7 +148,7 @@ class SuperResolution(base.Task):
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
     return {"batch": draw.draw_batch(batch)}
 
-  def figures(self, batch: base.Batch, predictions: base.Predictions) -> dict[str, Figure]:
+  def figures(self, batch: Batch, predictions: base.Predictions) -> dict[str, Figure]:
     real = np.asarray(base.example_mask(batch))
     rows = ({k: np.asarray(v)[real] for k, v in x.items()} for x in (batch, predictions))
     return {"super_resolution": draw.draw_results(*rows)}
@@ -165,17 +156,15 @@ class SuperResolution(base.Task):
   def draw_epsilon(self, rng: jax.Array, count: int) -> Float[Array, " b"]:
     return jax.random.uniform(rng, (count,))
 
-  def _inputs(self, batch: base.Batch) -> list[Float[Array, "b h w 3"]]:
-    return [_normalised(batch[name]) for name in INPUTS]
+  def _inputs(self, batch: Batch) -> list[Float[Array, "b h w 3"]]:
+    return [normalize_images(jnp.asarray(batch[name])) for name in INPUTS]
 
-  def _generate(self, params: Any, batch: base.Batch) -> dict[str, Any]:
+  def _generate(self, params: Any, batch: Batch) -> dict[str, Any]:
     return self.model.apply({"params": params}, *self._inputs(batch))
 
-  def _discriminator_terms(
-    self, variables: base.Variables, batch: base.Batch, context: base.LossContext
-  ) -> tuple[Float[Array, " b"], dict[str, Any]]:
-    params, truths = variables["params"]["discriminator"], _normalised(batch["image"])
-    images = context.precomputed
+  def _discriminator_terms(self, variables: Variables, batch: Batch, context: LossContext) -> Terms:
+    params, images = variables["params"]["discriminator"], context.precomputed
+    truths = normalize_images(jnp.asarray(batch["image"]))
     if images is None:
       images = jax.lax.stop_gradient(self.precompute(variables, batch, context))
     epsilon = self.draw_epsilon(context.rng, len(truths))
@@ -184,11 +173,9 @@ class SuperResolution(base.Task):
     metrics = {"score_difference": (difference, True), "gradient_penalty": (penalty, True)}
     return difference + self.gradient_penalty * penalty, metrics
 
-  def _generator_terms(
-    self, variables: base.Variables, batch: base.Batch, context: base.LossContext
-  ) -> tuple[Float[Array, " b"], dict[str, Any]]:
+  def _generator_terms(self, variables: Variables, batch: Batch, context: LossContext) -> Terms:
     outputs = self._generate(variables["params"]["generator"], batch)
-    truths = _normalised(batch["image"])
+    truths = normalize_images(jnp.asarray(batch["image"]))
     reconstruction = losses.reconstruction_loss(outputs["image"], truths)
     total = self.reconstruction_weight * reconstruction
     metrics: dict[str, Any] = {"reconstruction_loss": (reconstruction, True)}
@@ -204,9 +191,7 @@ class SuperResolution(base.Task):
       metrics[f"{name}_loss"] = (value, begun)
     return total, metrics
 
-  def _later_losses(
-    self, variables: base.Variables, outputs: Mapping[str, Any], truths: Float[Array, "b h w 3"]
-  ) -> dict[str, Float[Array, " b"]]:
+  def _later_losses(self, variables: Variables, outputs: Any, truths: Array) -> dict[str, Array]:
     params, image, values = variables["params"], outputs["image"], {}
     if self.perceptual_weight:
       values["perceptual"] = self.perceptual_loss(variables["vgg"], image, truths)
@@ -225,7 +210,7 @@ class SuperResolution(base.Task):
     return losses.squared_difference(*features)
 
 
-def exchange_references(batch: base.Batch) -> dict[str, Any]:
+def exchange_references(batch: Batch) -> dict[str, Any]:
   """Gives each image the reference of the one half of the real rows away."""
   real = jnp.sum(base.example_mask(batch), dtype=jnp.int32)  # int64 under JAX_ENABLE_X64
   rows = jnp.arange(len(batch["image"]), dtype=jnp.int32)
@@ -239,17 +224,9 @@ def to_pixels(images: Float[Array, "b h w c"]) -> Array:
   return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-def _normalised(images: Any) -> Float[Array, "b h w 3"]:
-  return normalize_images(jnp.asarray(images))  # to [-1, 1]
-
-
 def make_train_step(
-  task: Any,
-  optimizers: Sequence[Optimizer],
-  *,
-  accumulation_steps: int = 1,
-  ema_decay: float | None = None,
-) -> TrainStep:
+  task: Any, optimizers: Sequence[Optimizer], *, accumulation_steps: int, ema_decay: float | None
+) -> steps.TrainStep:
   """Returns the alternating step `train_step(state, batch) -> (state, metrics)`, not yet compiled.
 
   Each `OptimGroup` has its loss and optimizer; the loss of a group reads the parameters of the
@@ -257,12 +234,36 @@ def make_train_step(
   `[b ...]` that are constant in the losses of a group.
   """
 
-  def train_step(state: TrainState, batch: base.Batch) -> tuple[TrainState, Metrics]:
+  def update(state: TrainState, batch: Any, index: int, normalizers: Any) -> Any:
+    optimizer, group = optimizers[index], task.optim_groups[index]
+    rng = steps.update_rng(state, index, group.updates)
+    context = LossContext(rng, state.step, normalizers, group.name)
+    precompute = functools.partial(task.precompute, state.latest_variables, context=context)
+    precomputed = _in_parts(precompute, batch, accumulation_steps)
+
+    def loss_fn(own: Any, model_state: Any, batch: Any, rng: jax.Array) -> tuple[Any, Any]:
+      batch, precomputed = batch
+      params = group.insert(state.params, optimizer.stop_frozen(own))
+      at = dataclasses.replace(context, rng=rng, precomputed=precomputed)
+      output = task.loss({"params": params, **model_state}, batch, at)
+      return output.loss, output
+
+    grad_fn = steps.accumulate(jax.value_and_grad(loss_fn, has_aux=True), accumulation_steps)
+    own, model_state = group.select(state.params), state.model_state
+    opt_state, metrics = state.opt_state[index], {}
+    for number in range(group.updates):
+      rng = steps.update_rng(state, index, number)
+      (_, output), grads = grad_fn(own, model_state, (batch, precomputed), rng)
+      updates, opt_state = optimizer.tx.update(grads, opt_state, own)
+      own, model_state = optax.apply_updates(own, updates), output.model_state
+      norm = base.Mean.of(optax.tree.norm(grads))
+      metrics = {**output.metrics, f"{group.name}_gradient_norm": norm}
+    return own, model_state, opt_state, metrics
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, steps.Metrics]:
     normalizers, metrics = task.normalizers(batch), {}
     for index, group in enumerate(task.optim_groups):
-      step = functools.partial(
-        _update, task, optimizers[index], index, state, batch, normalizers, accumulation_steps
-      )
+      step = functools.partial(update, state, batch, index, normalizers)
       if group.begin_step:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(step)[-1])
         same = group.select(state.params), state.model_state, state.opt_state[index], zeros
@@ -270,61 +271,18 @@ def make_train_step(
       else:
         updated = step()
       own, model_state, opt_state, of_group = updated
-      metrics |= of_group
-      state = dataclasses.replace(
-        state,
-        params=group.insert(state.params, own),
-        model_state=model_state,
-        opt_state=(*state.opt_state[:index], opt_state, *state.opt_state[index + 1 :]),
-      )
-    return update_ema(dataclasses.replace(state, step=state.step + 1), ema_decay), metrics
+      params = group.insert(state.params, own)
+      opt_state = (*state.opt_state[:index], opt_state, *state.opt_state[index + 1 :])
+      changed = {"params": params, "model_state": model_state, "opt_state": opt_state}
+      state, metrics = dataclasses.replace(state, **changed), metrics | of_group
+    return steps.update_ema(dataclasses.replace(state, step=state.step + 1), ema_decay), metrics
 
   return train_step
 
 
-def _update(
-  task: Any,
-  optimizer: Optimizer,
-  index: int,
-  state: TrainState,
-  batch: base.Batch,
-  normalizers: Any,
-  accumulation_steps: int,
-) -> tuple[Any, Any, Any, Metrics]:
-  group = task.optim_groups[index]
-  rng = update_rng(state, index, group.updates)
-  context = base.LossContext(rng, state.step, normalizers, group.name)
-  precomputed = _precompute(task, state, batch, context, accumulation_steps)
-
-  def loss_fn(own: Any, model_state: Any, batch: Any, rng: jax.Array) -> tuple[Any, Any]:
-    batch, precomputed = batch
-    params = group.insert(state.params, optimizer.stop_frozen(own))
-    at = dataclasses.replace(context, rng=rng, precomputed=precomputed)
-    output = task.loss({"params": params, **model_state}, batch, at)
-    return output.loss, output
-
-  grad_fn = accumulate(jax.value_and_grad(loss_fn, has_aux=True), accumulation_steps)
-  own, model_state = group.select(state.params), state.model_state
-  opt_state, metrics = state.opt_state[index], {}
-  for number in range(group.updates):
-    rng = update_rng(state, index, number)
-    (_, output), grads = grad_fn(own, model_state, (batch, precomputed), rng)
-    updates, opt_state = optimizer.tx.update(grads, opt_state, own)
-    own, model_state = optax.apply_updates(own, updates), output.model_state
-    norm = base.Mean.of(optax.tree.norm(grads))
-    metrics = {**output.metrics, f"{group.name}_gradient_norm": norm}
-  return own, model_state, opt_state, metrics
-
-
-def _precompute(
-  task: Any, state: TrainState, batch: base.Batch, context: base.LossContext, parts: int
-) -> Any:
-  """Returns `task.precompute` of the whole batch, computed one micro-batch after the other."""
-
-  def one(part: base.Batch) -> Any:
-    return task.precompute(state.latest_variables, part, context)
-
+def _in_parts(function: Callable[[Any], Any], batch: Batch, parts: int) -> Any:
+  """Returns `function` of the whole batch, computed one micro-batch after the other."""
   if parts == 1:
-    return one(batch)
-  found = jax.lax.map(one, split_batch(batch, parts))
+    return function(batch)
+  found = jax.lax.map(function, steps.split_batch(batch, parts))
   return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), found)

@@ -22,23 +22,16 @@ _EXTRACTOR = ("slice1.0", "slice2.2", "slice2.5", "slice3.7", "slice3.10")
 _STAGES = {
   "shallow": ("SFE.RBs", "SFE.conv_tail"),
   "stage1": ("RB11", "conv11_tail"),
-  **{
-    f"stage{stage}_{i}": (f"RB{stage}{i}", f"conv{stage}{i}_tail")
-    for stage in (2, 3)
-    for i in range(1, stage + 1)
-  },
+  **{f"stage{i}_{j}": (f"RB{i}{j}", f"conv{i}{j}_tail") for i in (2, 3) for j in range(1, i + 1)},
 }
 _SINGLE = {
   "SFE.conv_head": "head",
   "conv12": "up2",
   "conv23": "up3",
   **{f"conv{i}{i}_head": f"attend{i}" for i in (1, 2, 3)},
-  **{f"ex12.conv{i}{j}": f"exchange2/from{i}_to{j}" for i, j in ((1, 2), (2, 1))},
+  **{f"ex12.conv{i}{j}": f"exchange2/from{i}_to{j}" for i, j in ("12", "21")},
   **{f"ex12.conv_merge{i}": f"exchange2/merge{i}" for i in (1, 2)},
-  **{
-    f"ex123.conv{i}{j}": f"exchange3/from{i}_to{j}"
-    for i, j in ((1, 2), (1, 3), (2, 1), (2, 3), (3, 2))
-  },
+  **{f"ex123.conv{i}{j}": f"exchange3/from{i}_to{j}" for i, j in ("12", "13", "21", "23", "32")},
   "ex123.conv31_1": "exchange3/from3_to1a",
   "ex123.conv31_2": "exchange3/from3_to1b",
   **{f"ex123.conv_merge{i}": f"exchange3/merge{i}" for i in (1, 2, 3)},
@@ -48,7 +41,6 @@ _SINGLE = {
   "merge_tail.conv_tail1": "merge_tail/narrow",
   "merge_tail.conv_tail2": "merge_tail/image",
 }
-
 
 _LAYERS = {
   **{f"MainNet.{key}": ours for key, ours in _SINGLE.items()},
@@ -113,7 +105,6 @@ def read_checkpoint(published: Published) -> Checkpoint:
 
 def write_checkpoint(path: str, export: Pretrained) -> None:
   """Writes the generator, of a run too, to a safetensors or (with torch) a PyTorch file."""
-  parts = export.variables.items()
-  of_run = {k[len("generator/") :]: v for k, v in parts if k.startswith("generator/")}
-  variables = of_run or export.variables
-  write_state_dict(path, {**write(variables, TABLE), **_NORMALISATION})
+  prefix, given = "generator/", export.variables
+  of_run = {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}
+  write_state_dict(path, {**write(of_run or given, TABLE), **_NORMALISATION})

@@ -20,7 +20,6 @@ URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 
 PUBLISHED = {"vgg19_imagenet": Entry("", (URL,), sha256="dcbb9e9d", source="torchvision")}
 
-
 # Index in torchvision's `features`: ReLUs and the pools after each stage count, too.
 TABLE: tuple[Row, ...] = tuple(
   row
@@ -47,18 +46,14 @@ def is_of(published: Mapping[str, np.ndarray]) -> bool:
 
 def read_checkpoint(published: Published) -> Checkpoint:
   """Raises WeightsError: a VGG-19 is not a model here, but a part of TTSR's losses."""
-  raise WeightsError(
-    f"{published.path}: torchvision's VGG-19 is no model here, but a part of TTSR's losses; use "
-    "--config.task.vgg_file"
-  )
+  wrong = f"{published.path}: torchvision's VGG-19 is no model here, but a part of TTSR's losses"
+  raise WeightsError(f"{wrong}; use --config.task.vgg_file")
 
 
 def write_checkpoint(path: str, export: Pretrained) -> None:
   """Writes the VGG-19 of a run's perceptual loss: `.safetensors`, else PyTorch (needs torch)."""
   parts = {k.removeprefix("vgg/"): v for k, v in export.variables.items() if k.startswith("vgg/")}
   if not parts:
-    raise WeightsError(
-      "pth-vgg19: this TTSR has no VGG-19; expected a run with a perceptual loss. Published files "
-      "have none"
-    )
+    wrong = "pth-vgg19: this TTSR has no VGG-19"
+    raise WeightsError(f"{wrong}; expected a run with a perceptual loss. Published files have none")
   write_state_dict(path, write(parts, TABLE))
