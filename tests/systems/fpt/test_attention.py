@@ -163,5 +163,3 @@ def test_invalid_fields_raise():
   query, key = random_arrays((1, 5, 4), (1, 8, 4))
   with pytest.raises(ValueError, match=r"4 channels .* 3 parts"):
     attention_map(query, key, jnp.ones((1, 3)))
-  with pytest.raises(ValueError, match="unknown similarity 'cosine'"):
-    Similarity("cosine")

@@ -46,7 +46,7 @@ def test_label_figure_with_predictions_marks_errors(batch):
   np.testing.assert_array_equal(predicted[30, 30], label_color(int(predicted_labels[0, 30, 30])))
   assert wrong[30, 30].tolist() == [220, 30, 30]
   assert wrong[0, 0].tolist() != [220, 30, 30]  # ignored
-  assert figure.axes[3].get_xlabel() == f"{17 / 37:.1%} correct"
+  assert figure.axes[3].get_title() == f"errors: {17 / 37:.1%} correct"
 
 
 def test_label_colors_are_distinct():

@@ -7,7 +7,7 @@ import pytest
 
 from tests.variables import random_variables
 from vit_jax_zoo.registry import create_model
-from vit_jax_zoo.systems.fpt.segmentation import GlobalConvolution
+from vit_jax_zoo.systems.fpt.transformer import GlobalConvolution
 
 TINY = {
   "num_classes": 3,

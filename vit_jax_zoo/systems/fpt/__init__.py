@@ -4,8 +4,8 @@ from vit_jax_zoo.registry import Format, System
 
 SYSTEM = System(
   models={
-    "fpt_segmentation": "segmentation:PyramidSegmenter",
-    "fpt_pyramid": "segmentation:FeaturePyramidTransformer",
+    "fpt_segmentation": "transformer:PyramidSegmenter",
+    "fpt_pyramid": "transformer:FeaturePyramidTransformer",
   },
   variants={"faster_rcnn": "transformer:DETECTORS", "mask_rcnn": "transformer:DETECTORS"},
   necks={"fpt": "transformer:FeaturePyramidTransformer"},

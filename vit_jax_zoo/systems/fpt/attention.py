@@ -6,16 +6,14 @@ are split into parts with a softmax each; attention weights are a weighted mean 
 
 import dataclasses
 import math
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.ops.fused_attention import attend_fused, is_fused
 from vit_jax_zoo.ops.resize import resize_nearest
-
-SIMILARITIES = ("dot", "euclidean")  # q.k, or -|q - k|^2 (the grounding transformer)
 
 BLOCK_ELEMENTS = 2**22
 """Default maximum number of attention weights (all parts) in memory, per example."""
@@ -24,24 +22,27 @@ FUSED_KEYS = 2**13
 """Minimum number of keys for the fused kernel, which multiplies the values once per part. With more
 keys, the gradients of the blocked form, rewritten for each block, exceed a TPU's on-chip memory."""
 
+Queries: TypeAlias = Float[Array, "b n d"]
+Keys: TypeAlias = Float[Array, "b m d"]
+QueryMap: TypeAlias = Float[Array, "b h w d"]
+KeyMap: TypeAlias = Float[Array, "b y x d"]
+Mixture: TypeAlias = Float[Array, "b p"]  # weights of the p parts into which d channels are split
+
 
 @dataclasses.dataclass(frozen=True)
 class Similarity:
   """Similarity of queries and keys."""
 
-  kind: str = "dot"  # one of `SIMILARITIES`
+  kind: str = "dot"  # "dot": q.k, or "euclidean": -|q - k|^2 (the grounding transformer)
   scale: float = 1.0  # factor of the similarity
-  dropout_rate: float = 0.0  # of each part's weights, applied if there is a `key`
-  key: Array | None = None  # PRNG key of the dropout
-
-  def __post_init__(self) -> None:
-    check_names("similarity", [self.kind], SIMILARITIES)
+  dropout_rate: float = 0.0  # of each part's weights
+  key: Array | None = None  # PRNG key of the dropout; None: no dropout
 
 
 DOT_PRODUCT = Similarity()
 
 
-def mixture_weights(x: Float[Array, "b m d"], weight: Float[Array, "p d"]) -> Float[Array, "b p"]:
+def mixture_weights(x: Keys, weight: Float[Array, "p d"]) -> Mixture:
   """Returns the mixture weights of the parts: softmax over parts of weight . mean(x).
 
   `x` are the keys in the paper, the queries in the official code.
@@ -51,15 +52,9 @@ def mixture_weights(x: Float[Array, "b m d"], weight: Float[Array, "p d"]) -> Fl
 
 
 def attention_map(
-  query: Float[Array, "b n d"],
-  key: Float[Array, "b m d"],
-  mixture: Float[Array, "b p"],
-  similarity: Similarity = DOT_PRODUCT,
+  query: Queries, key: Keys, mixture: Mixture, similarity: Similarity = DOT_PRODUCT
 ) -> Float[Array, "b n m"]:
-  """Returns the full float32 attention map, which `attend` does not materialize.
-
-  `mixture` has the weights of the p parts into which the d channels are split.
-  """
+  """Returns the full float32 attention map, which `attend` does not materialize."""
   parts = mixture.shape[-1]
   query, key = _split(query, parts), _split(key, parts)
   wide = jnp.promote_types(query.dtype, jnp.float32)
@@ -69,19 +64,18 @@ def attention_map(
     lengths = jnp.sum(jnp.square(key.astype(wide)), axis=-1)
     scores = 2 * scores - lengths.transpose(0, 2, 1)[:, :, None]
   weights = jax.nn.softmax(scores * similarity.scale, axis=-1)
-  if similarity.key is not None and similarity.dropout_rate:
+  if similarity.key is not None:
     keep = 1 - similarity.dropout_rate
     weights *= jax.random.bernoulli(similarity.key, keep, weights.shape) / keep
   return jnp.einsum("bpnm,bp->bnm", weights, mixture.astype(wide))
 
 
 def attend(
-  query: Float[Array, "b n d"],
-  key: Float[Array, "b m d"],
+  query: Queries,
+  key: Keys,
   value: Float[Array, "b m c"],
-  mixture: Float[Array, "b p"],
+  mixture: Mixture,
   similarity: Similarity = DOT_PRODUCT,
-  *,
   block_elements: int = BLOCK_ELEMENTS,
 ) -> Float[Array, "b n c"]:
   """Returns `attention_map(...) @ value`, computed in blocks of queries, or fused on TPUs.
@@ -89,9 +83,8 @@ def attend(
   At most `block_elements` attention weights (all parts) are in memory, per example: the backward
   pass recomputes them. The fused kernel is for many keys without dropout.
   """
-  has_dropout = similarity.key is not None and similarity.dropout_rate > 0
   large = key.shape[1] >= FUSED_KEYS and is_fused(query, query.shape[1], key.shape[1])
-  if large and not has_dropout:
+  if large and similarity.key is None:
     return attend_parts(query, key, value, mixture, similarity)
 
   # The gradients of key and value are sums over all blocks, which JAX accumulates in the dtype of
@@ -99,17 +92,15 @@ def attend(
   wide_key, wide_value = _float32(key), _float32(value)
 
   def of_block(block: Float[Array, "b t d"], index: Int[Array, ""]) -> Float[Array, "b t c"]:
-    own = similarity
-    if own.key is not None:
-      own = dataclasses.replace(own, key=jax.random.fold_in(own.key, index))
+    dropout = None if similarity.key is None else jax.random.fold_in(similarity.key, index)
+    own = dataclasses.replace(similarity, key=dropout)
     weights = attention_map(block, wide_key.astype(key.dtype), mixture, own)
     weights, values = weights.astype(value.dtype), wide_value.astype(value.dtype)
     total = jnp.einsum("bnm,bmc->bnc", weights, values, preferred_element_type=wide_value.dtype)
     return total.astype(value.dtype)
 
   batch, count, width = query.shape
-  weights_per_query = key.shape[1] * mixture.shape[-1]
-  blocks = math.ceil(count / max(1, block_elements // weights_per_query))
+  blocks = math.ceil(count / max(1, block_elements // (key.shape[1] * mixture.shape[-1])))
   if blocks <= 1:
     return of_block(query, jnp.zeros((), jnp.int32))
   size = math.ceil(count / blocks)
@@ -121,11 +112,11 @@ def attend(
 
 
 def attend_parts(
-  query: Float[Array, "b n d"],
-  key: Float[Array, "b m d"],
+  query: Queries,
+  key: Keys,
   value: Float[Array, "b m c"],
-  mixture: Float[Array, "b p"],
-  similarity: Similarity = DOT_PRODUCT,
+  mixture: Mixture,
+  similarity: Similarity,
   *,
   interpret: bool = False,
 ) -> Float[Array, "b n c"]:
@@ -147,11 +138,7 @@ def attend_parts(
 
 
 def local_attention_map(
-  query: Float[Array, "b h w d"],
-  key: Float[Array, "b y x d"],
-  mixture: Float[Array, "b p"],
-  window: int,
-  similarity: Similarity = DOT_PRODUCT,
+  query: QueryMap, key: KeyMap, mixture: Mixture, window: int, similarity: Similarity
 ) -> Float[Array, "b h w k"]:
   """Returns the attention weights over a window of keys around each query, in row-major order.
 
@@ -176,10 +163,10 @@ def local_attention_map(
 
 
 def attend_locally(
-  query: Float[Array, "b h w d"],
-  key: Float[Array, "b y x d"],
+  query: QueryMap,
+  key: KeyMap,
   value: Float[Array, "b y x c"],
-  mixture: Float[Array, "b p"],
+  mixture: Mixture,
   window: int,
   similarity: Similarity = DOT_PRODUCT,
 ) -> Float[Array, "b h w c"]:

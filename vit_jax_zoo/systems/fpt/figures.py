@@ -2,18 +2,17 @@
 
 import colorsys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num, UInt8
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from vit_jax_zoo.errors import name_of
-from vit_jax_zoo.figures.canvas import QUIET, add_color_bar, heat_map
-from vit_jax_zoo.figures.detection import COLORS, image_of, real_rows, show
+from vit_jax_zoo.figures.canvas import add_color_bar, heat_map
+from vit_jax_zoo.figures.detection import COLORS, grid, image_of, real_rows, show
 from vit_jax_zoo.ops.images import pad_images
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.detection_utils import image_size
@@ -23,7 +22,8 @@ MAX_ROWS = 4  # maximum number of images with label maps
 MAX_NAMES = 24  # maximum number of classes in the legend, those with the most pixels first
 MAX_IMAGES = 3  # maximum number of images with attention maps
 MAX_POSITIONS = 64**2  # of the finest level, whose full attention map is computed
-_CELL = 2.6  # inches
+
+Sides: TypeAlias = tuple[int, int]
 
 
 def draw_label_maps(
@@ -37,9 +37,10 @@ def draw_label_maps(
   """
   rows = real_rows(batch)[:MAX_ROWS]
   heads = ("image", "truth") if predicted is None else ("image", "truth", "predicted", "errors")
-  figure, axes = _grid(max(len(rows), 1), heads, batch["image"].shape[1:3])
   title = "Training batch" if predicted is None else "Truth and predictions"
-  figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
+  figure, axes = grid(len(rows), len(heads), title, batch["image"])
+  for ax, head in zip(axes[0], heads, strict=True):
+    ax.set_title(head, fontsize=9)
   labels = [np.zeros(0, np.int64)]
   for line, row in zip(axes, rows, strict=False):
     image = image_of(batch, row)
@@ -56,7 +57,7 @@ def draw_label_maps(
       show(line[2], color_labels(prediction))
       show(line[3], np.where(wrong[..., None], (220, 30, 30), gray).astype(np.uint8))
       correct = 1 - wrong.sum() / max(int(labelled.sum()), 1)
-      line[3].set_xlabel(f"{correct:.1%} correct", fontsize=9, color=QUIET)
+      line[3].set_title(f"errors: {correct:.1%} correct", fontsize=9)
       labels.append(prediction.ravel())
   _legend(figure, np.concatenate(labels), class_names)
   return figure
@@ -72,16 +73,14 @@ def color_labels(labels: Int[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
   return image
 
 
-def label_color(label: int) -> tuple[int, int, int]:
+def label_color(label: int) -> tuple[int, ...]:
   """Returns a label's RGB color: a color-blind safe palette first, then spread hues."""
   if label < len(COLORS):
-    red, green, blue = bytes.fromhex(COLORS[label][1:])
-    return red, green, blue
+    return tuple(bytes.fromhex(COLORS[label][1:]))
   hue = (label * 0.61803398875) % 1.0  # golden ratio: new hues are between old ones
   # Darker and lighter than the palette, so that neither is confused with it.
   lightness, saturation = (0.26, 0.82)[label % 2], (0.9, 0.6)[label // 2 % 2]
-  red, green, blue = (round(255 * c) for c in colorsys.hls_to_rgb(hue, lightness, saturation))
-  return red, green, blue
+  return tuple(round(255 * c) for c in colorsys.hls_to_rgb(hue, lightness, saturation))
 
 
 def _legend(figure: Figure, labels: Int[np.ndarray, " n"], class_names: Sequence[str]) -> None:
@@ -94,20 +93,6 @@ def _legend(figure: Figure, labels: Int[np.ndarray, " n"], class_names: Sequence
     figure.legend(handles=patches, frameon=False, handlelength=1.2, **layout)
 
 
-def _grid(
-  rows: int, heads: Sequence[str], image_shape: tuple[int, ...]
-) -> tuple[Figure, list[list[Axes]]]:
-  aspect = float(np.clip(image_shape[0] / image_shape[1], 0.4, 1.6))
-  size = (_CELL * len(heads), rows * (_CELL * aspect + 0.3) + 1.1)
-  figure = Figure(figsize=size, dpi=110, layout="constrained")
-  axes = figure.subplots(rows, len(heads), squeeze=False)
-  for ax in axes.flat:
-    ax.set(xticks=[], yticks=[], frame_on=False)
-  for name, ax in zip(heads, axes[0], strict=True):
-    ax.set_title(name, fontsize=9)
-  return figure, [list(line) for line in axes]
-
-
 def explain_attention(
   run: Callable[[base.Batch], Mapping[str, Any]], batch: base.Batch, size_multiple: int = 1
 ) -> dict[str, Any]:
@@ -118,18 +103,16 @@ def explain_attention(
   sides, or `target_centers`. Returns `image`; `positions` [b 2]; `sizes` int32 [l 2] and `levels`,
   see `attention_rows`.
   """
-  batch = {key: jnp.asarray(value)[:MAX_IMAGES] for key, value in batch.items()}
-  batch = pad_batch(batch, size_multiple)
+  first = {key: jnp.asarray(value)[:MAX_IMAGES] for key, value in batch.items()}
+  batch = pad_batch(first, size_multiple)
   positions = jnp.asarray(batch.get("query_position", target_centers(batch)), jnp.float32)
   sown = run(batch)
   levels, sizes = attention_rows(sown, positions), jnp.asarray(_level_sizes(sown), jnp.int32)
   return {"image": batch["image"], "positions": positions, "sizes": sizes, "levels": levels}
 
 
-def attention_rows(
-  sown: Mapping[str, Any], positions: Float[Array, "b 2"]
-) -> dict[str, Float[Array, "b _ _"]]:
-  """Returns the attention weights of the query at a relative position, as maps over the keys.
+def attention_rows(sown: Mapping[str, Any], positions: Float[Array, "b 2"]) -> dict[str, Array]:
+  """Returns the attention weights of the query at a relative position, as maps [b _ _] of keys.
 
   "0", "1", ...: the self-transformer of each level; "0 1", ...: the grounding transformer from the
   finest level to level 1, unless it has a window or no softmax.
@@ -148,7 +131,7 @@ def attention_rows(
   return found
 
 
-def _level_sizes(sown: Mapping[str, Any]) -> list[tuple[int, int]]:
+def _level_sizes(sown: Mapping[str, Any]) -> list[Sides]:
   sizes = []
   while (name := f"self_{len(sizes)}_output") in sown:
     sizes.append((sown[name][0].shape[1], sown[name][0].shape[2]))
@@ -156,10 +139,7 @@ def _level_sizes(sown: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 
 def _rows(
-  weights: Float[Array, "b n m"],
-  queries: tuple[int, int],
-  keys: tuple[int, int],
-  positions: Float[Array, "b 2"],
+  weights: Float[Array, "b n m"], queries: Sides, keys: Sides, positions: Float[Array, "b 2"]
 ) -> Float[Array, "b _ _"]:
   size = jnp.asarray(queries, jnp.int32)[None]
   at = jnp.minimum((positions * size.astype(jnp.float32)).astype(jnp.int32), size - 1)
@@ -198,15 +178,16 @@ def draw_attention(explanation: Mapping[str, Any], level_names: Sequence[str]) -
   keys = sorted(explanation["levels"], key=lambda key: (len(key.split()), key))
   titles = [" at ".join(levels[int(level)] for level in key.split()) for key in keys]
   images = explanation["image"]
-  figure, grid = _grid(len(images), ("query: ring", *titles), images.shape[1:3])
-  for row, axes in enumerate(grid):
-    axes[0].imshow(np.clip(images[row], 0, 255).astype(np.uint8), interpolation="nearest")
+  figure, axes = grid(len(images), 1 + len(keys), "Attention at the ring", images)
+  for ax, title in zip(axes[0], ("query: ring", *titles), strict=True):
+    ax.set_title(title, fontsize=9)
+  for row, image in enumerate(images):
+    axes[row, 0].imshow(np.clip(image, 0, 255).astype(np.uint8), interpolation="nearest")
     y, x = explanation["positions"][row] * images.shape[1:3] - 0.5
-    axes[0].plot(x, y, "o", mfc="none", mec="k", mew=3, ms=10)
-    axes[0].plot(x, y, "o", mfc="none", mec="w", ms=10)
-    for ax, key in zip(axes[1:], keys, strict=True):
+    axes[row, 0].plot(x, y, "o", mfc="none", mec="k", mew=3, ms=10)
+    axes[row, 0].plot(x, y, "o", mfc="none", mec="w", ms=10)
+    for ax, key in zip(axes[row, 1:], keys, strict=True):
       weights = explanation["levels"][key][row]
-      show(ax, heat_map(images[row], weights / max(float(weights.max()), 1e-12)))
-  figure.suptitle("Attention at the ring", x=0.01, ha="left", fontsize=12, weight="bold")
-  add_color_bar(figure, "attention", ("0", "largest"), ax=np.array(grid), shrink=0.7, aspect=30)
+      show(ax, heat_map(image, weights / max(float(weights.max()), 1e-12)))
+  add_color_bar(figure, "attention", ("0", "largest"), ax=axes, shrink=0.7, aspect=30)
   return figure

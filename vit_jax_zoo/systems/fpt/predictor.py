@@ -40,18 +40,25 @@ class SegmentationPredictor(Predictor):
     `explain` "levels", the attention maps.
     """
     found = jax.device_get(self._predict(self._trained.variables, batch))
-    maps = zip(found["label_map"], found["confidence"], strict=True)
-    rows = ({key: value[i] for key, value in batch.items()} for i in range(len(images)))
-    return [self._result(*row) for row in zip(images, rows, maps, strict=False)]
+    rows = [{k: x[i] for k, x in {**batch, **found}.items()} for i in range(len(images))]
+    return [self._result(image, row) for image, row in zip(images, rows, strict=True)]
 
-  def _result(
-    self, image: Image, example: dict[str, np.ndarray], maps: tuple[np.ndarray, np.ndarray]
-  ) -> Result:
+  def _result(self, image: Image, example: dict[str, np.ndarray]) -> Result:
     height, width = example.get("image_size", example["image"].shape[:2])
-    label_map, confidence = (values[:height, :width] for values in maps)
-    ids = label_map.astype(np.uint8)  # there are at most 255 classes
+    ids = example["label_map"][:height, :width].astype(np.uint8)  # there are at most 255 classes
     labels = _resized(ids, image, cv2.INTER_NEAREST_EXACT)
-    classes = self._classes(labels, _resized(confidence, image, cv2.INTER_LINEAR))
+    confidence = _resized(example["confidence"][:height, :width], image, cv2.INTER_LINEAR)
+    present, counts = np.unique(labels, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    classes: list[dict[str, Any]] = [
+      {
+        "label": int(label),
+        **self.named(label),
+        "fraction": float(count / labels.size),
+        "confidence": float(confidence[labels == label].mean()),
+      }
+      for label, count in zip(present[order], counts[order], strict=True)
+    ]
     names = [str(entry.get("name", entry["label"])) for entry in classes]
     parts = [f"{n} {100 * c['fraction']:.1f} %" for n, c in zip(names, classes, strict=True)]
     explained = example["image"][:height, :width] if self._options.explain else None
@@ -69,19 +76,6 @@ class SegmentationPredictor(Predictor):
       return pictures
 
     return Result({"classes": classes}, draw, ", ".join(parts), names, scores, mask=labels)
-
-  def _classes(self, labels: np.ndarray, confidence: np.ndarray) -> list[dict[str, Any]]:
-    found, counts = np.unique(labels, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    return [
-      {
-        "label": int(label),
-        **self.named(label),
-        "fraction": float(count / labels.size),
-        "confidence": float(confidence[labels == label].mean()),
-      }
-      for label, count in zip(found[order], counts[order], strict=True)
-    ]
 
 
 def _resized(values: np.ndarray, image: Image, method: int) -> np.ndarray:

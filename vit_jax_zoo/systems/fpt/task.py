@@ -20,6 +20,7 @@ from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.systems.fpt import figures as draw
 from vit_jax_zoo.systems.fpt.figures import IGNORE
 from vit_jax_zoo.tasks import base
+from vit_jax_zoo.tasks.base import Batch, LossContext, LossOutput, Variables
 from vit_jax_zoo.tasks.detection_utils import pixel_mask
 
 
@@ -36,7 +37,7 @@ class SemanticSegmentation(base.Task):
   hub_task: ClassVar[str | None] = "image-segmentation"
   keeps_aspect_ratio: ClassVar[bool] = True
 
-  model: base.Model  # called as `model(images, train=...)`, see `segmentation.PyramidSegmenter`
+  model: base.Model  # called as `model(images, train=...)`, see `transformer.PyramidSegmenter`
   num_classes: int
   auxiliary_weight: float = 0.4  # weight of the auxiliary classifier's loss
   class_weights: tuple[float, ...] = ()  # of each class's pixels in the mean loss; empty: equal
@@ -52,12 +53,12 @@ class SemanticSegmentation(base.Task):
     if not 1 <= self.num_classes <= IGNORE:
       raise ValueError(f"num_classes: {self.num_classes}; expected 1 to {IGNORE}")
     check_not_negative(self, "auxiliary_weight")
-    given, names, most = self.class_weights, len(self.class_names), self.num_classes
-    if given and len(given) != self.num_classes:
+    given, most = self.class_weights, self.num_classes
+    if given and len(given) != most:
       raise ValueError(f"class_weights: {len(given)} numbers; expected num_classes={most}")
     if any(weight < 0 for weight in given) or not any(given or (1,)):
       raise ValueError(f"class_weights: {given}; expected no negative number, and not only zeros")
-    if names > most:
+    if (names := len(self.class_names)) > most:
       raise ValueError(f"class_names: {names} names; expected at most num_classes={most}")
 
   @property
@@ -68,17 +69,15 @@ class SemanticSegmentation(base.Task):
   def weight_files(self) -> Mapping[str, str]:
     return {"*/backbone": self.backbone_file} if self.backbone_file else {}
 
-  def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
+  def init(self, rng: jax.Array, batch: Batch) -> Variables:
     return self.model.init(rng, self._images(batch), train=False)
 
-  def normalizers(self, batch: base.Batch) -> dict[str, Array]:
+  def normalizers(self, batch: Batch) -> dict[str, Array]:
     """Returns the number of examples and the sum of the pixel weights (1 if it is 0)."""
     pixels = jnp.sum(self._pixel_weights(batch))
     return {**super().normalizers(batch), "pixels": jnp.where(pixels > 0, pixels, 1.0)}
 
-  def loss(
-    self, variables: base.Variables, batch: base.Batch, context: base.LossContext
-  ) -> base.LossOutput:
+  def loss(self, variables: Variables, batch: Batch, context: LossContext) -> LossOutput:
     """Returns these images' part of the mean cross-entropy over the step's labelled pixels.
 
     The mean is weighted by `class_weights`. Metrics: "loss", "auxiliary_loss" (unweighted),
@@ -108,9 +107,9 @@ class SemanticSegmentation(base.Task):
     total = jnp.where(unknown, jnp.nan, total)
     metrics["loss"] = base.Mean.of(total, weights)
     loss = jnp.sum(total * weights) / context.normalizers["pixels"]
-    return base.LossOutput(loss=loss, metrics=metrics, model_state={**state, **changed})
+    return LossOutput(loss=loss, metrics=metrics, model_state={**state, **changed})
 
-  def predict(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
+  def predict(self, variables: Variables, batch: Batch) -> base.Predictions:
     """Returns each pixel's class `label_map`, int32 [b h w], and `confidence`, float32 [b h w]."""
     outputs = self.model.apply(variables, self._images(batch), train=False)
     logits = self._upsample(outputs["logits"], batch)
@@ -118,12 +117,12 @@ class SemanticSegmentation(base.Task):
     confidence = jnp.exp(best - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
     return {"label_map": jnp.argmax(logits, axis=-1).astype(jnp.int32), "confidence": confidence}
 
-  def explain(self, variables: base.Variables, batch: base.Batch) -> dict[str, Any]:
+  def explain(self, variables: Variables, batch: Batch) -> dict[str, Any]:
     if getattr(self.model, "neck", None) != "fpt":
       raise ValueError("a model without transformer has no attention maps")
     apply = functools.partial(self.model.apply, train=False, mutable=["intermediates"])
 
-    def run(first: base.Batch) -> Mapping[str, Any]:
+    def run(first: Batch) -> Mapping[str, Any]:
       return apply(variables, self._images(first))[1]["intermediates"]["transformer"]
 
     return draw.explain_attention(run, batch)
@@ -138,26 +137,24 @@ class SemanticSegmentation(base.Task):
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
     return {"batch": draw.draw_label_maps(batch, self.class_names)}
 
-  def figures(self, batch: base.Batch, predictions: base.Predictions) -> dict[str, Figure]:
-    found = predictions["label_map"]
-    return {"predictions": draw.draw_label_maps(batch, self.class_names, found)}
+  def figures(self, batch: Batch, predictions: base.Predictions) -> dict[str, Figure]:
+    drawn = draw.draw_label_maps(batch, self.class_names, predictions["label_map"])
+    return {"predictions": drawn}
 
-  def _images(self, batch: base.Batch) -> Float[Array, "b h w c"]:
+  def _images(self, batch: Batch) -> Float[Array, "b h w c"]:
     images = normalize_images(jnp.asarray(batch["image"]), self.image_mean, self.image_std)
-    if "image_size" not in batch:
-      return images
     return jnp.where(pixel_mask(batch)[..., None], images, 0.0)
 
-  def _is_labelled(self, batch: base.Batch) -> Bool[Array, "b h w"]:
+  def _is_labelled(self, batch: Batch) -> Bool[Array, "b h w"]:
     labels = jnp.asarray(batch["label_map"])
     return (labels != IGNORE) & base.example_mask(batch)[:, None, None]
 
-  def _pixel_weights(self, batch: base.Batch) -> Float[Array, "b h w"]:
+  def _pixel_weights(self, batch: Batch) -> Float[Array, "b h w"]:
     labelled = self._is_labelled(batch).astype(jnp.float32)
     weights = jnp.asarray(self.class_weights or (1.0,), jnp.float32)
     return labelled * jnp.take(weights, jnp.asarray(batch["label_map"]), mode="clip")
 
-  def _upsample(self, logits: Float[Array, "b i j k"], batch: base.Batch) -> Array:
+  def _upsample(self, logits: Float[Array, "b i j k"], batch: Batch) -> Array:
     # Resizing to the image's size would distort maps whose sides were rounded up.
     if logits.shape[-1] != self.num_classes:
       wrong = f"num_classes: {logits.shape[-1]} in the model, {self.num_classes} in the task"
@@ -191,19 +188,13 @@ class SegmentationEvaluator(Evaluator):
     self.confusion = np.zeros((self.num_classes, self.num_classes), np.int64)
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Adds one batch; ValueError for maps of different sizes, or an unknown label.
-
-    `batch` and `predictions` have `label_map` int [b h w]; `batch` optional `image_size` [b 2],
-    height and width without padding, and `mask` [b].
-    """
+    """Adds one batch; ValueError for maps of different sizes, or an unknown label."""
     truths, found = np.asarray(batch["label_map"]), np.asarray(predictions["label_map"])
     if truths.shape != found.shape:
       raise ValueError(f"label_map: {truths.shape} in the batch, {found.shape} predicted")
     sizes = np.asarray(batch.get("image_size", [truths.shape[1:]] * len(truths)))
-    advice = (
-      f"0 to {self.num_classes - 1}, or {IGNORE} for ignored pixels. Check num_classes, "
-      "and offset and ignore of load_label_map"
-    )
+    advice = f"0 to {self.num_classes - 1}, or {IGNORE} for ignored pixels. Check num_classes, "
+    advice += "and offset and ignore of load_label_map"
     for row in real_rows(batch, len(truths)):
       height, width = sizes[row]
       counts = truths[row, :height, :width] != IGNORE
@@ -219,12 +210,10 @@ class SegmentationEvaluator(Evaluator):
     self.images += other.images
 
   def result(self) -> dict[str, float]:
-    total = self.confusion.sum()
-    if not total:
+    if not (total := self.confusion.sum()):
       problem = f"label_map: no labelled pixel in {self.images} images"
       raise ValueError(f"{problem}; all are {IGNORE}, the ignored label")
-    right = np.diagonal(self.confusion)
-    true = self.confusion.sum(axis=1)
+    right, true = np.diagonal(self.confusion), self.confusion.sum(axis=1)
     union = true + self.confusion.sum(axis=0) - right
     iou = right / np.maximum(union, 1)
     scores = {

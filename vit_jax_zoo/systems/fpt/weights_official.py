@@ -1,11 +1,8 @@
 """State dicts of the authors' FPT (ZHANGDONG-NJUST/FPT, class `FPT`).
 
 No trained weights of it were published. The model is the official variant of
-`FeaturePyramidTransformer` with four levels, p2 to p5. In a detector's checkpoint the keys begin
-with "Conv_Body.".
-
-Queries and keys of a self-transformer share one convolution, which the file has twice, as `conv_qs`
-and `conv_ks`. Kernels that the code never uses are parameters here, too.
+`FeaturePyramidTransformer` with four levels, p2 to p5. Queries and keys of a self-transformer share
+one convolution, which the file has twice, as `conv_qs` and `conv_ks`.
 """
 
 import re
@@ -84,17 +81,18 @@ def infer_fields(published: Mapping[str, Array], source: str, prefix: str = "") 
   if not is_of(published, prefix):
     keys = ", ".join(sorted(published)[:3])
     raise WeightsError(f"{source}: no FPT of the authors' code; first keys: {keys}")
-  _check_shared(published, prefix, source)
-  mixture = published.get(f"{prefix}st_p5.attention.weight")
-  norm = "none"
-  if f"{prefix}fpt_p2.1.weight" in published:
-    averaged = f"{prefix}fpt_p2.1.running_mean" in published
-    norm = "batch_norm" if averaged else "group_norm"
+  for key, array in published.items():
+    twin = published.get(key.replace(".conv_ks.", ".conv_qs."))
+    is_key = key.startswith(prefix) and ".conv_ks." in key
+    if is_key and (twin is None or not np.array_equal(array, twin)):
+      raise WeightsError(f"{source}: {key} differs from conv_qs; expected equal arrays")
+  norms = {"running_mean": "batch_norm", "weight": "group_norm"}
+  norm = (kind for array, kind in norms.items() if f"{prefix}fpt_p2.1.{array}" in published)
   return {
     "width": published[f"{prefix}st_p5.conv_qs.weight"].shape[0],
     "variant": "official",
-    "norm": norm,
-    "self_parts": 1 if mixture is None else mixture.shape[0],
+    "norm": next(norm, "none"),
+    "self_parts": len(published.get(f"{prefix}st_p5.attention.weight", np.zeros(1))),
   }
 
 
@@ -148,11 +146,3 @@ def write_checkpoint(path: str, export: Pretrained) -> None:
   if not is_of(arrays):
     raise WeightsError(f"levels: the authors' code has an FPT of {LEVELS} levels only")
   write_state_dict(path, arrays)
-
-
-def _check_shared(published: Mapping[str, Array], prefix: str, source: str) -> None:
-  for key, array in published.items():
-    twin = published.get(key.replace(".conv_ks.", ".conv_qs."))
-    is_key = key.startswith(prefix) and ".conv_ks." in key
-    if is_key and (twin is None or not np.array_equal(array, twin)):
-      raise WeightsError(f"{source}: {key} differs from conv_qs; expected equal arrays")

@@ -53,7 +53,13 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
     raise WeightsError(f"{source}: expected three anchors per position")
   neck = fpt_pt.infer_fields(published, prefix=fpt_pt.BODY, source=source)
   width = neck.pop("width")
-  box, flat = _box_head(published)
+  if "Box_Head.fc1.0.0.weight" in published:
+    dense, flat = published["Box_Head.fc1.0.0.weight"].shape
+    box = {"norm": "group_norm", "width": dense}
+  else:
+    convs = 1 + _count_convs(published, "Box_Head.convs")
+    dense, flat = published["Box_Head.fc.weight"].shape
+    box = {"norm": "group_norm", "num_convs": convs, "num_dense": 1, "width": dense}
   sizes = resnet.infer_fields(published, detectron.LAYOUT, source, detectron.BODY)
   fields: dict[str, Any] = {
     "num_classes": len(published["Box_Outs.cls_score.bias"]) - 1,
@@ -69,22 +75,16 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
     "mask_head": None,
   }
   if "Mask_Outs.classify.bias" in published:
-    middle = [k for k in published if re.fullmatch(r"Mask_Head\.conv_fcn\.\d+\.weight", k)]
-    convs = 2 + sum(published[k].ndim == 4 for k in middle)
+    convs = 2 + _count_convs(published, "Mask_Head.conv_fcn")
     sizes = {"num_convs": convs, "width": len(published["Mask_Head.upconv.bias"])}
     fields["mask_pool_size"] = round(len(published["Mask_Head.mask_fc.0.bias"]) ** 0.5) // 2
     fields["mask_head"] = {"norm": "group_norm", "fused": True, **sizes}
   return fields
 
 
-def _box_head(published: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], int]:
-  if "Box_Head.fc1.0.0.weight" in published:
-    dense, flat = published["Box_Head.fc1.0.0.weight"].shape
-    return {"norm": "group_norm", "width": dense}, flat
-  middle = [k for k in published if re.fullmatch(r"Box_Head\.convs\.\d+\.weight", k)]
-  convs = 1 + sum(published[k].ndim == 4 for k in middle)
-  dense, flat = published["Box_Head.fc.weight"].shape
-  return {"norm": "group_norm", "num_convs": convs, "num_dense": 1, "width": dense}, flat
+def _count_convs(published: Mapping[str, np.ndarray], layers: str) -> int:
+  keys = [key for key in published if re.fullmatch(rf"{re.escape(layers)}\.\d+\.weight", key)]
+  return sum(published[key].ndim == 4 for key in keys)
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
@@ -111,16 +111,6 @@ def write_checkpoint(path: str, export: Pretrained) -> None:
   Raises WeightsError if the code has no such detector.
   """
   fields = export.fields()
-  _check(fields)
-  arrays = write(export.variables, rows(fields))
-  arrays |= fpt_pt.state_dict(export.variables, "neck/", fpt_pt.BODY)
-  arrays = detectron.fold_norms(arrays)
-  arrays = detectron.without_ids(arrays, _OUTPUTS, export.class_names, COCO_OUTPUTS)
-  export.warn_not_stored(path, PREPROCESS)
-  write_state_dict(path, arrays)
-
-
-def _check(fields: Mapping[str, Any]) -> None:
   given = {**fields, "variant": (fields["neck_fields"] or {}).get("variant", "paper")}
   expected = {"neck": "fpt", "adaptive": True, "convention": "detectron", "backbone_kind": "resnet"}
   expected["variant"] = "official"
@@ -132,3 +122,9 @@ def _check(fields: Mapping[str, Any]) -> None:
     other.append("stride_in_1x1=False in the backbone")
   if other:
     raise WeightsError(f"the official code has no detector with {', '.join(other)}")
+  arrays = write(export.variables, rows(fields))
+  arrays |= fpt_pt.state_dict(export.variables, "neck/", fpt_pt.BODY)
+  arrays = detectron.fold_norms(arrays)
+  arrays = detectron.without_ids(arrays, _OUTPUTS, export.class_names, COCO_OUTPUTS)
+  export.warn_not_stored(path, PREPROCESS)
+  write_state_dict(path, arrays)
