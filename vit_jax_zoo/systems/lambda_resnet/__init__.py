@@ -8,7 +8,7 @@ SYSTEM = System(
   backbones={"lambda_resnet": "model:LambdaBackbone"},
   formats=(Format("safetensors-timm", "lambda_resnet", "weights_timm", "timm's LambdaResNet"),),
   backbone_readers=("weights_timm:recognize_backbone",),
-  published="published:PUBLISHED",
-  paper_scores="published:PAPER_SCORES",
+  published="weights_timm:PUBLISHED",
+  paper_scores="weights_timm:PAPER_SCORES",
   removed_fields={"model.lambda_layer.qkv_bias": False},
 )

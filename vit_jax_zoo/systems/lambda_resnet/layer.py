@@ -22,6 +22,10 @@ from vit_jax_zoo.nn.resnet import average_pool
 from vit_jax_zoo.ops.checks import check_positive
 
 Implementation: TypeAlias = Literal["auto", "einsum", "convolution"]
+Size: TypeAlias = tuple[int, ...]  # height and width of a map
+Values: TypeAlias = Float[Array, "b h w u v"]
+Embeddings: TypeAlias = Float[Array, "dy dx u k"]
+PositionLambda: TypeAlias = Float[Array, "b h w k v"]
 
 # Measured speed of a dense matrix product per multiply-add, relative to a convolution with `u`
 # input channels (16x16 and 32x32 maps, 9x9 scope, forward and backward).
@@ -36,14 +40,14 @@ class LambdaOutput(NamedTuple):
 
   output: Float[Array, "b h w i v"]
   content_lambda: Float[Array, "b k v"]
-  position_lambda: Float[Array, "b h w k v"]
+  position_lambda: PositionLambda
 
 
 def apply_lambdas(
   queries: Float[Array, "b h w i k"],
   keys: Float[Array, "b h w u k"],
-  values: Float[Array, "b h w u v"],
-  embeddings: Float[Array, "dy dx u k"],
+  values: Values,
+  embeddings: Embeddings,
   *,
   bias: Float[Array, " k"] | None = None,
   implementation: Implementation = "auto",
@@ -61,13 +65,12 @@ def apply_lambdas(
     implementation = choose_implementation(map_size, embeddings.shape)
   wide = jnp.promote_types(values.dtype, jnp.float32)  # lambdas are sums over the whole map
   weights = jax.nn.softmax(keys.astype(wide), axis=(1, 2)).astype(values.dtype)
-  by_pairs = implementation != "convolution"
-  pairs = relative_embeddings(embeddings, map_size) if by_pairs else None
   einsum = functools.partial(jnp.einsum, preferred_element_type=wide)
 
   content = einsum("byxuk,byxuv->bkv", weights, values)
-  position = None if pairs is None else einsum("hywxuk,byxuv->bhwkv", pairs, values)
-  if position is None:
+  if implementation == "einsum":
+    position = einsum("hywxuk,byxuv->bhwkv", relative_embeddings(embeddings, map_size), values)
+  else:
     position = _position_lambdas_by_convolution(values, embeddings)
   if bias is not None:
     position += bias.astype(wide).reshape(1, 1, 1, -1, 1)
@@ -77,9 +80,7 @@ def apply_lambdas(
   return LambdaOutput(output.astype(queries.dtype), content, position)
 
 
-def choose_implementation(
-  map_size: tuple[int, ...], embeddings_shape: tuple[int, ...]
-) -> Literal["einsum", "convolution"]:
+def choose_implementation(map_size: Size, embeddings_shape: tuple[int, ...]) -> Implementation:
   """Returns the cheaper implementation of position lambdas for these shapes.
 
   Per query and channel, the einsum has one multiply-add per map position, the convolution one per
@@ -91,9 +92,7 @@ def choose_implementation(
   return "convolution" if too_large or positions > EINSUM_ADVANTAGE * scope else "einsum"
 
 
-def relative_embeddings(
-  embeddings: Float[Array, "dy dx u k"], map_size: tuple[int, ...]
-) -> Float[Array, "h y w x u k"]:
+def relative_embeddings(embeddings: Embeddings, map_size: Size) -> Float[Array, "h y w x u k"]:
   """Returns the embeddings of all pairs of positions, zero for offsets beyond `embeddings`."""
   sides = zip(map_size, embeddings.shape, strict=False)
   padding = [((2 * side - 1 - length) // 2,) * 2 for side, length in sides]
@@ -113,9 +112,7 @@ def _toeplitz(offsets: Float[Array, "d ..."]) -> Float[Array, "n n ..."]:
   return sliding.reshape(size, 2 * size - 1, *offsets.shape[1:])[:, :size]
 
 
-def _position_lambdas_by_convolution(
-  values: Float[Array, "b h w u v"], embeddings: Float[Array, "dy dx u k"]
-) -> Float[Array, "b h w k v"]:
+def _position_lambdas_by_convolution(values: Values, embeddings: Embeddings) -> PositionLambda:
   """Convolves every value channel separately, as examples of a batch."""
   wide = jnp.promote_types(values.dtype, jnp.float32)
   maps = einops.rearrange(values, "b h w u v -> (b v) h w u").astype(wide)
@@ -125,9 +122,7 @@ def _position_lambdas_by_convolution(
   return einops.rearrange(lambdas, "(b v) h w k -> b h w k v", v=values.shape[-1])
 
 
-def _crop(
-  embeddings: Float[Array, "dy dx u k"], map_size: tuple[int, ...]
-) -> Float[Array, "ey ex u k"]:
+def _crop(embeddings: Embeddings, map_size: Size) -> Float[Array, "ey ex u k"]:
   for axis, side in enumerate(map_size):
     length, limit = embeddings.shape[axis], 2 * side - 1
     if length % 2 == 0:
@@ -184,11 +179,10 @@ class LambdaLayer(nn.Module):
     y = result.output.reshape(x.shape)
     if self.stride > 1:
       y = average_pool(y, self.pool_size, self.stride, padding=self.pool_size % 2)
-    y = y.astype(self.dtype)
-    self.sow("intermediates", "output", y)
-    return y
+    self.sow("intermediates", "output", y.astype(self.dtype))
+    return y.astype(self.dtype)
 
-  def _embeddings(self, map_size: tuple[int, ...]) -> Float[Array, "dy dx u k"]:
+  def _embeddings(self, map_size: Size) -> Embeddings:
     name = "position_embedding"
     if self.has_variable("params", name):  # of any map size
       return self.get_variable("params", name)

@@ -13,20 +13,22 @@ timm's `lambda_resnet26t`, `50ts` and `26rpt_256` are other networks of the same
 squeeze-and-excitation, convolutional shortcuts, scope 9 (or a table) with a bias, 2x2 pooling.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.errors import part_fields
+from vit_jax_zoo.figures import canvas
 from vit_jax_zoo.figures.attention import draw_filters
+from vit_jax_zoo.figures.canvas import MARGIN, add_axes
 from vit_jax_zoo.nn.resnet import ACTIVATIONS, RESNET_BLOCKS, STAGES, Bottleneck, ResNet
 from vit_jax_zoo.ops.checks import check_num_classes, check_rates
-from vit_jax_zoo.systems.lambda_resnet.figures import draw_lambdas
 from vit_jax_zoo.systems.lambda_resnet.layer import LambdaLayer
 
 # Blocks of c4 with a lambda layer by network depth (appendix, architectures): step, number.
@@ -40,23 +42,18 @@ def _paper(depth: int, c4: tuple[int, ...] | str) -> dict[str, Any]:
 
 def _ablation(placement: str) -> dict[str, Any]:
   blocks = tuple("all" if stage == "L" else "none" for stage in placement)
-  plain = {"stem": "conv7", "shortcut": "conv", "se_ratio": 0.0}
-  return {"blocks": RESNET_BLOCKS[50], "lambda_blocks": blocks, **plain}
+  return {"blocks": RESNET_BLOCKS[50], "lambda_blocks": blocks, "stem": "conv7", **_PLAIN}
 
 
-def _timm(
-  blocks: tuple[int, ...],
-  lambda_blocks: tuple[tuple[int, ...] | str, ...],
-  activation: str = "relu",
-  receptive_field: int | None = 9,
-) -> dict[str, Any]:
-  plain = {"stem": "tiered", "shortcut": "conv", "se_ratio": 0.0, "activation": activation}
+def _timm(activation: str = "relu", receptive_field: int | None = 9) -> dict[str, Any]:
   scope = {"receptive_field": receptive_field, "position_bias": receptive_field is not None}
   layer = {**scope, "pool_size": 2}
-  return {"blocks": blocks, "lambda_blocks": lambda_blocks, **plain, "lambda_layer": layer}
+  return {"stem": "tiered", **_PLAIN, "activation": activation, "lambda_layer": layer}
 
 
-_TIMM26 = ((2, 2, 2, 2), ("none", "none", (1,), "all"))
+_PLAIN = {"shortcut": "conv", "se_ratio": 0.0}
+_TIMM26 = {"blocks": (2, 2, 2, 2), "lambda_blocks": ("none", "none", (1,), "all")}
+_TIMM50 = {"blocks": (3, 4, 6, 3), "lambda_blocks": ("none", (3,), (1, 3, 5), (1,))}
 
 VARIANTS: dict[str, dict[str, Any]] = (
   {f"lambda_resnet_{depth}": _paper(depth, blocks) for depth, blocks in _C4_BLOCKS.items()}
@@ -69,9 +66,9 @@ VARIANTS: dict[str, dict[str, Any]] = (
   }
   # timm 1.0, byobnet.py.
   | {
-    "lambda_resnet26t": _timm(*_TIMM26),
-    "lambda_resnet26rpt_256": _timm(*_TIMM26, receptive_field=None),
-    "lambda_resnet50ts": _timm((3, 4, 6, 3), ("none", (3,), (1, 3, 5), (1,)), activation="silu"),
+    "lambda_resnet26t": _TIMM26 | _timm(),
+    "lambda_resnet26rpt_256": _TIMM26 | _timm(receptive_field=None),
+    "lambda_resnet50ts": _TIMM50 | _timm(activation="silu"),
   }
 )
 """Fields of `LambdaResNet` by model name."""
@@ -98,9 +95,7 @@ class LambdaBottleneck(Bottleneck):
 
   lambda_fields: Mapping[str, Any] | None = None  # overrides of the fields of `LambdaLayer`
 
-  def spatial(
-    self, x: Float[Array, "b h w c"], stride: int, *, train: bool
-  ) -> Float[Array, "b h2 w2 c"]:
+  def spatial(self, x: Float[Array, "b h w c"], stride: int, *, train: bool) -> Array:
     given = part_fields("lambda_layer", LambdaLayer, self.lambda_fields)
     fields: dict[str, Any] = {"norm": self.norm, "dtype": self.dtype, **given}
     layer = LambdaLayer(stride=stride, **fields, name="lambda_layer")
@@ -168,10 +163,9 @@ class LambdaResNet(ResNet):
     super().check()
     check_num_classes(self)
     check_rates(self, "dropout_rate")
-    given = self.lambda_blocks
-    if len(given) != len(STAGES):
-      raise ValueError(f"lambda_blocks: {len(given)} entries; expected four, for c2 to c5")
-    for stage, count, chosen in zip(STAGES, self.blocks, given, strict=True):
+    if (given := len(self.lambda_blocks)) != len(STAGES):
+      raise ValueError(f"lambda_blocks: {given} entries; expected four, for c2 to c5")
+    for stage, count, chosen in zip(STAGES, self.blocks, self.lambda_blocks, strict=True):
       if isinstance(chosen, str) and chosen not in ("all", "none"):
         raise ValueError(f"lambda_blocks: {chosen!r} for {stage}; expected 'all', 'none', indices")
       for index in () if isinstance(chosen, str) else chosen:
@@ -183,8 +177,37 @@ class LambdaBackbone(LambdaResNet):
   """A LambdaResNet without classifier, which returns its feature pyramid."""
 
   @nn.compact
-  def __call__(
-    self, images: Float[Array, "b h w c"], *, train: bool = False
-  ) -> dict[str, Float[Array, "b _ _ _"]]:
+  def __call__(self, images: Float[Array, "b h w c"], *, train: bool = False) -> dict[str, Array]:
     """Returns the outputs of the stages, "c2" to "c5"."""
     return self.pyramid(images, train=train)
+
+
+MAX_LAYERS = 6
+
+
+def draw_lambdas(
+  image: Num[np.ndarray, "h w c"], lambdas: Mapping[str, Float[np.ndarray, "h2 w2"]]
+) -> Figure:
+  """Draws an image in [0, 255], and over it the Frobenius norm of each position's lambda by layer.
+
+  Layers ("c4_block10") are in the order of the numbers in their names; the last six are drawn.
+  """
+  numbers = {name: [int(digits) for digits in re.findall(r"\d+", name)] for name in lambdas}
+  shown = sorted(lambdas, key=numbers.__getitem__)[-MAX_LAYERS:]
+  height, width = image.shape[:2]
+  cell = float(np.clip(width / 110, 1.7, 2.6))
+  sides = (cell, cell * float(np.clip(height / width, 0.4, 1.6)))
+  across = (len(shown) + 1) * (cell + 0.12)
+  figure = Figure(figsize=(max(across + MARGIN + 1.0, 5.2), sides[1] + 1.15), dpi=110)
+  canvas.write_title(figure, "Position lambdas", "norm of each position's lambda, over the image")
+  axes = [add_axes(figure, MARGIN + i * (cell + 0.12), 0.4, *sides) for i in range(len(shown) + 1)]
+  canvas.show_image(axes[0], image)
+  for ax, name in zip(axes[1:], shown, strict=True):
+    norms = lambdas[name]
+    lowest, highest = float(norms.min()), float(norms.max())
+    canvas.show_image(ax, canvas.heat_map(image, (norms - lowest) / max(highest - lowest, 1e-12)))
+    text = f"{name.replace('_', ' ')}, {norms.shape[0]} × {norms.shape[1]}"
+    ax.set_xlabel(f"{text}\n{lowest:.3g} to {highest:.3g}", fontsize=8, labelpad=4)
+  bar = add_axes(figure, MARGIN + across, 0.4, 0.12, sides[1])
+  canvas.add_color_bar(figure, "norm", ("lowest", "highest"), cax=bar)
+  return figure

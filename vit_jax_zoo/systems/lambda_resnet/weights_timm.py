@@ -1,10 +1,11 @@
-"""timm's LambdaResNet checkpoints, such as `timm/lambda_resnet26t.c1_in1k`."""
+"""timm's LambdaResNet checkpoints, such as `timm/lambda_resnet26t.c1_in1k`.
+
+Weights of the paper's own LambdaResNets were never released.
+"""
 
 import re
 from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.systems.lambda_resnet.layer import LambdaLayer
@@ -13,6 +14,7 @@ from vit_jax_zoo.weights import hf_config
 from vit_jax_zoo.weights import torch_layouts as layouts
 from vit_jax_zoo.weights.backbones import Backbone
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained, Size, outputs_of, side
+from vit_jax_zoo.weights.hub import Entry
 from vit_jax_zoo.weights.key_map import Array, Flat, Row, Transform, WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
@@ -74,14 +76,6 @@ def recognize_backbone(arrays: Mapping[str, Array]) -> Backbone | None:
   return Backbone(dict(arrays), TABLE, (*IGNORE, r"head\.fc\..*")) if is_of(arrays) else None
 
 
-class LambdaCheckpoint(Checkpoint):
-  """A timm LambdaResNet; relative position tables keep the map size that they were made for."""
-
-  def example_inputs(self, size: Size) -> tuple[np.ndarray, ...]:
-    """Returns an image of the size that the relative position tables were made for."""
-    return super().example_inputs(_size_of_tables(self.arrays) or size)
-
-
 def read_checkpoint(published: Published) -> Checkpoint:
   """Reads a file, and the preprocessing from its `config.json` if there is one."""
   fields, arrays = infer_fields(published.arrays, published.path), published.arrays
@@ -90,9 +84,10 @@ def read_checkpoint(published: Published) -> Checkpoint:
   default = Preprocess((256, 256), IMAGENET_MEAN, IMAGENET_STD, crop_pct=crop_pct)
   settings = hf_config.read_timm(published, default)
   fields |= _stated_fields(published)
-  if size := settings["image_size"] or _size_of_tables(arrays):
+  tables = _size_of_tables(arrays)
+  if size := settings["image_size"] or tables:
     settings |= {"preprocess": settings["preprocess"].at_size(size), "image_size": size}
-  return LambdaCheckpoint(
+  checkpoint = Checkpoint(
     published.path,
     "lambda_resnet",
     arrays,
@@ -102,6 +97,8 @@ def read_checkpoint(published: Published) -> Checkpoint:
     ignore=IGNORE,
     **settings,
   )
+  # Relative position tables keep the map size that they were made for.
+  return checkpoint.replace(inputs=checkpoint.example_inputs(tables)) if tables else checkpoint
 
 
 _SUPPORTED = {
@@ -132,7 +129,8 @@ def _size_of_tables(arrays: Mapping[str, Array]) -> Size | None:
 def write_checkpoint(path: str, export: Pretrained) -> None:
   """Writes a folder that `timm.create_model("local-dir:<path>", pretrained=True)` loads."""
   fields = export.fields()
-  name = next((name for name, variant in TIMM.items() if _is_like(fields, variant)), None)
+  identity = _identity(fields)
+  name = next((name for name, variant in TIMM.items() if _identity(variant) == identity), None)
   if name is None:
     raise WeightsError(f"timm has no LambdaResNet with these blocks; it has {', '.join(TIMM)}")
   arguments: dict[str, Any] = {}
@@ -145,7 +143,7 @@ def write_checkpoint(path: str, export: Pretrained) -> None:
   if layer != usual:
     arguments["self_attn_kwargs"] = layer
   arrays, others = write_flat(export.variables), dict(arguments)
-  if (size := _size_of_tables(arrays)) is not None:
+  if size := _size_of_tables(arrays):
     arguments["img_size"] = list(size)
   hf_config.write_timm(path, arrays, export, (name, others), arguments)
 
@@ -158,17 +156,11 @@ def _layer_field(fields: Mapping[str, Any], name: str) -> Any:
   return (fields["lambda_layer"] or {}).get(name, getattr(LambdaLayer, name))
 
 
-def _is_like(fields: Mapping[str, Any], variant: Mapping[str, Any]) -> bool:
-  own, theirs = (
-    (
-      [f[key] for key in ("blocks", "stem", "shortcut", "se_ratio", "activation")],
-      _chosen(f),
-      [_layer_field(f, key) for key in ("position_bias", "pool_size")],
-      _layer_field(f, "receptive_field") is None,
-    )
-    for f in (fields, variant)
-  )
-  return own == theirs
+def _identity(fields: Mapping[str, Any]) -> tuple[Any, ...]:
+  """Returns what tells timm's networks from each other, and from others."""
+  own = [fields[key] for key in ("blocks", "stem", "shortcut", "se_ratio", "activation")]
+  layer = [_layer_field(fields, key) for key in ("position_bias", "pool_size")]
+  return own, _chosen(fields), layer, _layer_field(fields, "receptive_field") is None
 
 
 def _chosen(fields: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
@@ -201,12 +193,17 @@ def infer_fields(published: Mapping[str, Array], source: str) -> dict[str, Any]:
     keys = ", ".join(sorted(published)[:3])
     raise WeightsError(f"{source}: none of timm's LambdaResNets; first keys: {keys}")
   widths = (_outputs_of(published, rf"stages\.{stage}\.\d+\.conv1_1x1") for stage in range(4))
+  attention = r".*\.self_attn\."
+  scope, table = (rf"{attention}conv_lambda\.weight", 5), (rf"{attention}pos_emb", 3)
+  dim_k = side(published, (*scope, 0), (*table, 2)) or LambdaLayer.dim_k
+  queries = side(published, (rf"{attention}norm_q\.\w+", 1, 0)) or 0
+  sizes = {"dim_k": dim_k, "num_heads": queries // dim_k or LambdaLayer.num_heads}
   return {
     **fields,
     "num_classes": outputs_of(published, "head.fc"),
     "widths": tuple(width or 64 << stage for stage, width in enumerate(widths)),
     "stem_width": _outputs_of(published, r"stem\.conv3") or 64,
-    "lambda_layer": {**layer, **_infer_lambda_layer(published)},
+    "lambda_layer": {**layer, **sizes, "receptive_field": side(published, (*scope, 2))},
   }
 
 
@@ -218,13 +215,40 @@ def _outputs_of(published: Mapping[str, Array], layer: str) -> int | None:
   return side(published, (rf"{layer}\.conv\.weight", 4, 0), (rf"{layer}\.bn\.\w+", 1, 0))
 
 
-def _infer_lambda_layer(published: Mapping[str, Array]) -> dict[str, Any]:
-  layer = r".*\.self_attn\."
-  scope, table = (rf"{layer}conv_lambda\.weight", 5), (rf"{layer}pos_emb", 3)
-  dim_k = side(published, (*scope, 0), (*table, 2)) or LambdaLayer.dim_k
-  queries = side(published, (rf"{layer}norm_q\.\w+", 1, 0)) or 0
-  return {
-    "dim_k": dim_k,
-    "num_heads": queries // dim_k or LambdaLayer.num_heads,
-    "receptive_field": side(published, (*scope, 2)),
-  }
+_RELEASES = "https://github.com/huggingface/pytorch-image-models/releases/download"
+_CARD, _PAPER = "timm's model card", "2102.08602"
+
+# timm's tag; file of its releases; start of the file's SHA-256; accuracy at 256.
+_RELEASED = {
+  "lambda_resnet26t": ("c1_in1k", "lambda_resnet26t_c_256", "e5a5c857", "79.126"),
+  "lambda_resnet26rpt_256": ("c1_in1k", "lambda_resnet26rpt_c_256", "ab00292d", "78.960"),
+  "lambda_resnet50ts": ("a1h_in1k", "lambda_resnet50ts_a1h_256", "b87370f7", "81.184"),
+}
+
+PUBLISHED: dict[str, Entry] = {}
+for _model, (_tag, _file, _sha256, _accuracy) in _RELEASED.items():
+  _scored = {"score": f"{_accuracy} % at 256", "source": _CARD}
+  _url = f"{_RELEASES}/v0.1-attn-weights/{_file}-{_sha256}.pth"
+  PUBLISHED[f"{_model}_imagenet"] = Entry(_model, (_url,), sha256=_sha256, **_scored)
+  PUBLISHED[f"{_model}_imagenet_hub"] = Entry(_model, hub=f"timm/{_model}.{_tag}", **_scored)
+
+_SCORES = {
+  160: {"50": "79.2"},
+  192: {"101": "81.9"},
+  224: {"101_c4": "82.6", "50_llll": "78.4", "50_clll": "78.3", "50_ccll": "78.3",
+        "50_cccl": "77.3", "50_cccc": "76.9"},
+  256: {"152": "83.8", "270": "84.2"},
+  320: {"350": "84.7", "420": "84.9", "152_c4": "84.0", "200_c4": "84.3"},
+}  # fmt: skip
+"""Accuracies by image size and model."""
+
+PAPER_SCORES: dict[str, tuple[str, str]] = {
+  **{
+    f"lambda_resnet_{name}": (f"{score} % at {side}", _PAPER)
+    for side, scores in _SCORES.items()
+    for name, score in scores.items()
+  },
+  **{model: (f"{row[-1]} % at 256", _CARD) for model, row in _RELEASED.items()},
+  "mask_rcnn_lambda_resnet_101": ("49.4 box AP, 43.5 mask AP (COCO)", _PAPER),
+  "mask_rcnn_lambda_resnet_152": ("50.0 box AP, 43.9 mask AP (COCO)", _PAPER),
+}
