@@ -93,6 +93,7 @@ def cufed(
     image and reference. Two epochs with the reconstruction loss only, then fifty with perceptual
     (1e-2), transferal perceptual (1e-2) and adversarial loss (1e-3: Wasserstein with gradient
     penalty; discriminator: Adam (0, 0.9), learning rate 1e-4, two updates per step).
+  Differs from the paper: computes in bfloat16, except the search, the losses and their networks.
   Data: CUFED's 11,871 pairs and CUFED5's 126 images, in the layout of the paper's code:
     train/input, train/ref, test/CUFED5. Evaluations are protocols: `cufed5_level1` uses the most
     similar reference, as the released code; `cufed5_stitched` all five, as the paper's table.
@@ -106,7 +107,7 @@ def cufed(
   Not yet run here.
   """
   config = ConfigDict({"seed": 0, "num_epochs": 52.0, "batch_size": 9, "eval_batch_size": 1})
-  config.model = {"name": "ttsr"}
+  config.model = {"name": "ttsr", "dtype": "bfloat16"}
   config.task = {"name": "super_resolution", "vgg_file": vgg_file}
   config.task.update(perceptual_weight=1e-2, transferal_weight=1e-2, adversarial_weight=1e-3)
   config.task.update(begin_step=2 * STEPS_PER_EPOCH, discriminator_updates=2)
@@ -134,7 +135,7 @@ def cufed_rec(
 ) -> ConfigDict:
   """TTSR-rec on CUFED: the reconstruction loss only, for the best PSNR.
 
-  Paper: section 4.1 and the released options: as `cufed`, 200 epochs.
+  Paper: section 4.1 and the released options: as `cufed`, 200 epochs; in bfloat16, as there.
   Data: see `cufed`.
   Weights: `vgg_file`, see `cufed`; `init_from`, such as the published TTSR-rec.pt, is optional.
   Hardware: not stated. One device, see `cufed`.
@@ -144,7 +145,7 @@ def cufed_rec(
   Not yet run here.
   """
   config = ConfigDict({"seed": 0, "num_epochs": 200.0, "batch_size": 9, "eval_batch_size": 1})
-  config.model = {"name": "ttsr"}
+  config.model = {"name": "ttsr", "dtype": "bfloat16"}
   config.task = {"name": "super_resolution", "vgg_file": vgg_file}
   train = [{**PAIR, "reference_side": 160}, {"name": "random_pair_turn"}]
   config.data = {

@@ -59,8 +59,11 @@ def read_batches(inputs, count, with_masks):
   return batches
 
 
-def train(name, dtype=jnp.float32):
-  """Returns the fixture's outputs, metrics of every step, parameters before and after."""
+def train(name, dtype=jnp.float32, computed_in=None):
+  """Returns the fixture's outputs, metrics of every step, parameters before and after.
+
+  `dtype` is that of the variables, and of the computation unless it is `computed_in` another.
+  """
   folder = golden_folder(name)
   config = json.loads((folder / "config.json").read_text())
   inputs, outputs = dict(np.load(folder / "inputs.npz")), dict(np.load(folder / "outputs.npz"))
@@ -70,7 +73,7 @@ def train(name, dtype=jnp.float32):
   variables = jax.tree.map(lambda x: jnp.asarray(x, dtype), variables_of(tensors, model_config))
   task = create_task(
     "detection",
-    model_of(model_config, dtype=dtype),
+    model_of(model_config, dtype=computed_in or dtype),
     num_classes=model_config["num_classes"],
     image_mean=0.0,
     image_std=1 / 255,  # the fixture's images are already normalised
@@ -148,6 +151,16 @@ def test_training_curve_of_detection_equals_official_code():
   moved = params["backbone"]["stem"]["conv1"]["conv"]["kernel"]
   expected = np.transpose(tensors["backbone.0.body.conv1.weight"], (2, 3, 1, 0))
   np.testing.assert_array_equal(moved, expected)
+
+
+@pytest.mark.long
+def test_training_curve_in_bfloat16_follows_float32():
+  outputs, history, *_ = train("train_detr_a", computed_in=jnp.bfloat16)
+  losses = np.array([metrics["loss"] for metrics in history])
+  np.testing.assert_allclose(losses, outputs["loss"], rtol=0.05)
+  epochs, expected = (x[:18].reshape(6, 3).mean(axis=1) for x in (losses, outputs["loss"]))
+  np.testing.assert_allclose(epochs, expected, rtol=0.02)
+  assert epochs[-1] < 0.7 * epochs[0]
 
 
 IN_FLOAT64 = """

@@ -66,8 +66,8 @@ def curve_batch(inputs, index):
   return {ours: inputs[f"{theirs}_u8_{index % 3}"] for ours, theirs in names.items()}
 
 
-def curve_program(config, inputs, seed):
-  model, variables = load_golden_model()
+def curve_program(config, inputs, seed, dtype):
+  model, variables = load_golden_model(dtype=dtype)
   extra = load_file(golden_folder("train_ttsr_a") / "extra.safetensors")
   begin = config["phases"]["all_losses_steps"][0]
   rng = jax.random.key_data(jax.random.split(jax.random.key(seed))[1])
@@ -98,12 +98,12 @@ def curve_program(config, inputs, seed):
 
 
 @functools.cache
-def curve():
+def curve(dtype="float32"):
   """Trains with the package's train step; returns metrics by step, and intermediate states."""
   folder = golden_folder("train_ttsr_a")
   inputs = dict(np.load(folder / "inputs.npz"))
   config = {"steps": 15, "batch": 3, "phases": {"all_losses_steps": [10, 14]}}
-  program, start = curve_program(config, inputs, seed=5)
+  program, start = curve_program(config, inputs, 5, dtype)
   history, params = [], {}
   with jax.set_mesh(program.mesh):
     shapes = jax.tree.map(lambda x: x.shape, program.abstract_state.params)
@@ -146,6 +146,13 @@ def test_training_curve_equals_official_code(load_golden):
   discriminator_norms = np.array([m["discriminator_gradient_norm"] for m in history[10:]])
   errors = np.abs(discriminator_norms / expected["critic_grad_norm"][:, 1] - 1)
   np.testing.assert_array_less(errors, [0.15, 0.15, 0.05, 0.35, 0.05])
+
+
+def test_training_curve_in_bfloat16_follows_float32():
+  half, full = (curve(dtype)[0] for dtype in ("bfloat16", "float32"))
+  for name in ("reconstruction_loss", "perceptual_loss", "transferal_loss"):
+    got, expected = (np.array([metrics[name] for metrics in run]) for run in (half, full))
+    np.testing.assert_allclose(got, expected, rtol=0.03, err_msg=name)
 
 
 def flat(params):
