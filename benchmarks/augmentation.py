@@ -19,12 +19,13 @@ import cv2
 import numpy as np
 import timing
 from input_pipeline import write_images
+from matplotlib.figure import Figure
 
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo.data.sources.base import Example
 from vit_jax_zoo.data.sources.demo import read_photo
 from vit_jax_zoo.data.transforms import build_transforms
-from vit_jax_zoo.systems.igpt.figures import draw_images
+from vit_jax_zoo.figures.attention import draw_mosaic
 
 SIZE = 224
 PHOTOS = ("cat", "temple", "flower", "astronaut")
@@ -79,8 +80,10 @@ def picture(specs: list[dict], path: str, title: str) -> None:
         example = transform(example, rng)
       image = np.clip(np.rint(example["image"]), 0, 255).astype(np.uint8)
       rows.append(cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_AREA))
-  images = np.stack(rows)
-  figure = draw_images(images, title=title, columns=COLUMNS)
+  figure = Figure(figsize=(10.5, 5.8), dpi=110, layout="constrained")
+  ax = figure.subplots()
+  draw_mosaic(ax, np.stack(rows).reshape(len(PHOTOS), COLUMNS, SIZE, SIZE, 3) / 255)
+  ax.set_title(title, loc="left", weight="bold")
   figure.savefig(path)
 
 

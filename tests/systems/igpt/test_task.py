@@ -294,7 +294,7 @@ def test_completions_keep_prefix_and_scores_ignore_padding():
   assert whole.result()["nats"] == pytest.approx(predictions["nats"][:4].mean(), rel=1e-6)
   assert whole.result()["accuracy"] == predictions["correct"][:4].mean()
   figures = task.figures(padded, predictions)
-  assert len(figures["completions"].axes) == 4 * 4
+  assert figures["completions"].texts[1].get_text() == "4 images, 2 draws of each"
   assert task.figures(batch, {"nats": predictions["nats"]}) == {}
   assert len(task.batch_figures(batch)["batch"].axes) == 6
 

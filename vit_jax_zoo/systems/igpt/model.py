@@ -20,6 +20,9 @@ from vit_jax_zoo.ops.checks import check_num_classes, check_positive
 from vit_jax_zoo.ops.sharding import shard_batch
 from vit_jax_zoo.systems.igpt.palette import nearest_cluster, spread_clusters
 
+Tokens = Int[Array, "b n"]  # colours of pixels in raster order
+Visible = Bool[Array, "b n"] | None
+
 EPSILON = 1e-5  # added under the root of every norm
 normal, zeros = nn.initializers.normal, nn.initializers.zeros
 
@@ -70,11 +73,7 @@ class ImageGPT(nn.Module):
       )
 
   def __call__(
-    self,
-    images: Float[Array, "b h w 3"],
-    *,
-    visible: Bool[Array, "b n"] | None = None,
-    train: bool = False,
+    self, images: Float[Array, "b h w 3"], *, visible: Visible = None, train: bool = False
   ) -> dict[str, Array]:
     """Returns the result of `from_tokens`, and `tokens` int32 [b n], the colours.
 
@@ -85,7 +84,7 @@ class ImageGPT(nn.Module):
     tokens = self.encode(images)
     return {"tokens": tokens, **self.from_tokens(tokens, visible=visible)}
 
-  def encode(self, images: Float[Array, "b h w 3"]) -> Int[Array, "b n"]:
+  def encode(self, images: Float[Array, "b h w 3"]) -> Tokens:
     height, width = images.shape[1:3]
     if height * width != self.num_positions:
       side = math.isqrt(self.num_positions)
@@ -97,10 +96,8 @@ class ImageGPT(nn.Module):
       raise ValueError("variables: no palette; expected {'palette': {'clusters': [k, 3]}}")
     return nearest_cluster(images, self.palette.value).reshape(images.shape[0], height * width)
 
-  def from_tokens(
-    self, tokens: Int[Array, "b n"], *, visible: Bool[Array, "b n"] | None = None
-  ) -> dict[str, Array]:
-    """Predicts pixels from their colours in raster order; a causal model also takes fewer of them.
+  def from_tokens(self, tokens: Tokens, *, visible: Visible = None) -> dict[str, Array]:
+    """Predicts pixels from their colours; a causal model also takes fewer than an image's.
 
     Returns, in float32, `pixel_logits` [b n num_colors]; `features` [b d], the mean over positions
     of the last norm's output, and `layer_features` [b depth+1 d], the same of each block's first

@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, Float32, Int, UInt8
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.weights.readers import read_json, read_npy
 
+Clusters = Float[Array, "k 3"]
+
 
 def spread_clusters(count: int) -> np.ndarray:
   """Returns float32 [count 3] in [-1, 1]: colours spread evenly over the cube, an initial palette.
@@ -25,9 +27,7 @@ def spread_clusters(count: int) -> np.ndarray:
   return (2.0 * ((0.5 + np.arange(1, count + 1)[:, None] * steps) % 1.0) - 1.0).astype(np.float32)
 
 
-def nearest_cluster(
-  images: Float[Array, "b h w 3"], clusters: Float[Array, "k 3"]
-) -> Int[Array, "b h w"]:
+def nearest_cluster(images: Float[Array, "b h w 3"], clusters: Clusters) -> Int[Array, "b h w"]:
   """Returns the index of the nearest colour of each pixel, in [-1, 1], the first of equals.
 
   Summed channel by channel: exact on accelerators that multiply matrices in 16 bits, without an
@@ -40,9 +40,7 @@ def nearest_cluster(
   return jnp.argmin(distances, axis=-1).astype(jnp.int32)
 
 
-def cluster_colors(
-  tokens: Int[Array, "*shape"], clusters: Float[Array, "k 3"]
-) -> UInt8[Array, "*shape 3"]:
+def cluster_colors(tokens: Int[Array, "*b"], clusters: Clusters) -> UInt8[Array, "*b 3"]:
   """Returns the colours of tokens as pixels in [0, 255]."""
   colors = jnp.rint(127.5 * (clusters.astype(jnp.float32) + 1.0))
   return jnp.clip(colors, 0, 255).astype(jnp.uint8)[tokens]
@@ -75,11 +73,8 @@ def encode(
   images: UInt8[Array | np.ndarray, "b h w 3"], palette: Float[Array | np.ndarray, "k 3"]
 ) -> Int[Array, "b h w"]:
   """Returns the index of the nearest colour of each pixel, image by image to save memory."""
-
-  def encode_one(image: Array) -> Array:
-    return nearest_cluster(normalize_images(image[None]), jnp.asarray(palette))[0]
-
-  return jax.lax.map(encode_one, jnp.asarray(images))
+  singles, clusters = jnp.asarray(images)[:, None], jnp.asarray(palette)
+  return jax.lax.map(lambda x: nearest_cluster(normalize_images(x), clusters), singles)[:, 0]
 
 
 def read_palette(path: str) -> Float32[np.ndarray, "k 3"]:

@@ -1,9 +1,7 @@
 """Sampling of images pixel by pixel, in one compiled loop with a cache of keys and values."""
 
-import functools
 import operator
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,47 +11,53 @@ UNROLLED_DEPTH = 48
 """Largest depth, L's, of which layers are unrolled for sampling. XL's 60 would take 15 times as
 long to compile as a scan of them, and a second copy of the weights, 27 GB."""
 
-Step: TypeAlias = Callable[[Any, Array, Array], tuple[Array, Any]]
-"""`step(cache, previous, position)` returns the logits [b k] of the tokens at `position`, and the
-cache; `previous` int32 [b] are the tokens before, ignored at position 0."""
+Tokens = Int[Array, "b n"]
+Temperature = float | Float[Array, ""]
 
 
 def complete(
   model: Any,
   variables: Any,
-  tokens: Int[Array, "b n"],
+  tokens: Tokens,
   lengths: Int[Array, " b"],
   rng: jax.Array,
   *,
-  temperature: float | Float[Array, ""] = 1.0,
+  temperature: Temperature = 1.0,
   top_k: int | None = None,
-) -> Int[Array, "b n"]:
+) -> Tokens:
   """Samples the pixels of each image from its length on. For use inside `jax.jit`.
 
-  `tokens` are images as colours, of each of which the first `lengths` pixels are given. Scanned
-  layers are unrolled up to `UNROLLED_DEPTH`: a scan would copy each layer's weights and cache, and
-  of one position the work is mostly to read them.
+  `tokens` are images as colours, of each of which the first `lengths` pixels are given. The loop
+  begins at the shortest length, up to which the cache is filled: a scan over all positions with a
+  branch for the given ones would copy the cache in and out of that branch. Scanned layers are
+  unrolled up to `UNROLLED_DEPTH`: a scan would copy each layer's weights and cache, and of one
+  position the work is mostly to read them.
   """
   if not model.shifts:
     raise ValueError("causal, sos_token: False; expected a causal model with a start token")
   variables = {key: variables[key] for key in ("params", "palette") if key in variables}
   # 0 after the prefix: an index out of range would be embedded as NaN, and NaN times 0 is NaN.
   positions = jnp.arange(tokens.shape[1], dtype=lengths.dtype)
-  given = jnp.where(positions[None] < lengths[:, None], tokens, 0)
-  _, state = model.apply(variables, given, method="from_tokens", mutable=["cache"])
+  prefix = jnp.where(positions[None] < lengths[:, None], tokens, 0)
+  _, state = model.apply(variables, prefix, method="from_tokens", mutable=["cache"])
   cache = state["cache"]
   if model.scan_layers and model.depth <= UNROLLED_DEPTH:
     variables = {**variables, "params": _unstack(variables["params"], model.depth)}
     cache, model = _unstack(cache, model.depth), model.clone(scan_layers=False)
 
-  def step(cache: Any, previous: Array, position: Array) -> tuple[Array, Any]:
+  def draw(position: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+    tokens, cache = carry
+    previous = jax.lax.dynamic_index_in_dim(tokens, position - 1, axis=1, keepdims=False)
+    given = jax.lax.dynamic_index_in_dim(tokens, position, axis=1, keepdims=False)
     logits, state = model.apply(
       {**variables, "cache": cache}, previous, position, method="next_logits", mutable=["cache"]
     )
-    return logits, state["cache"]
+    key = jax.random.fold_in(rng, position)
+    token = sample_token(key, logits, temperature=temperature, top_k=top_k)
+    token = jnp.where(position < lengths, given, token)
+    return jax.lax.dynamic_update_index_in_dim(tokens, token, position, axis=1), state["cache"]
 
-  sample = functools.partial(sample_token, temperature=temperature, top_k=top_k)
-  return continue_sequences(step, cache, tokens, lengths, rng, sample)
+  return jax.lax.fori_loop(jnp.min(lengths), tokens.shape[1], draw, (tokens, cache))[0]
 
 
 def _unstack(tree: Any, depth: int) -> Any:
@@ -62,38 +66,8 @@ def _unstack(tree: Any, depth: int) -> Any:
   return {**tree, "decoder": layers}
 
 
-def continue_sequences(
-  step: Step,
-  cache: Any,
-  tokens: Int[Array, "b n"],
-  lengths: Int[Array, " b"],
-  rng: jax.Array,
-  sample: Callable[[Array, Array], Array] | None = None,
-) -> Int[Array, "b n"]:
-  """Samples each row of `tokens` from its length on; the tokens before are unchanged.
-
-  The loop begins at the shortest length, up to which the cache is filled. A scan over all positions
-  with a branch for the given ones would copy the cache in and out of that branch.
-  """
-
-  def draw(position: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
-    tokens, cache = carry
-    previous = jax.lax.dynamic_index_in_dim(tokens, position - 1, axis=1, keepdims=False)
-    given = jax.lax.dynamic_index_in_dim(tokens, position, axis=1, keepdims=False)
-    logits, cache = step(cache, previous, position)
-    token = (sample or sample_token)(jax.random.fold_in(rng, position), logits)
-    token = jnp.where(position < lengths, given, token)
-    return jax.lax.dynamic_update_index_in_dim(tokens, token, position, axis=1), cache
-
-  return jax.lax.fori_loop(jnp.min(lengths), tokens.shape[1], draw, (tokens, cache))[0]
-
-
 def sample_token(
-  rng: jax.Array,
-  logits: Float[Array, "b k"],
-  *,
-  temperature: float | Float[Array, ""] = 1.0,
-  top_k: int | None = None,
+  rng: jax.Array, logits: Float[Array, "b k"], *, temperature: Temperature, top_k: int | None
 ) -> Int[Array, " b"]:
   """Samples a token for each row.
 

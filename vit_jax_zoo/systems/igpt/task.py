@@ -15,18 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from jaxtyping import Array, Bool, Float, Float32, Int, Int64, Integer
+from jaxtyping import Array, Bool, Float, Float32, Integer
 from matplotlib.figure import Figure
 
+from vit_jax_zoo.figures.classification import draw_batch
 from vit_jax_zoo.metrics.base import Evaluator, real_rows
 from vit_jax_zoo.metrics.feature_probes import majority_vote
 from vit_jax_zoo.ops.checks import check_not_negative, check_positive
 from vit_jax_zoo.ops.images import normalize_images
-from vit_jax_zoo.systems.igpt import figures as draw
 from vit_jax_zoo.systems.igpt import palette as palettes
+from vit_jax_zoo.systems.igpt.figures import draw_completions
+from vit_jax_zoo.systems.igpt.model import Tokens, Visible
 from vit_jax_zoo.systems.igpt.palette import cluster_colors
 from vit_jax_zoo.systems.igpt.sampling import complete
 from vit_jax_zoo.tasks import base
+
+PerImage = Float[Array, " b"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +91,7 @@ class PixelModelling(base.Task):
         fix = f"expected the model's num_colors={colors}. Set num_colors={len(clusters)}"
         raise ValueError(f"{self.palette}: {len(clusters)} colours; {fix}")
     tokens = np.asarray(palettes.encode(images, clusters)).reshape(len(images), -1)
-    bigram = log_bigrams(count_bigrams(tokens, colors))
-    return {"palette": {"clusters": clusters}, "baseline": {"bigram": bigram}}
+    return {"palette": {"clusters": clusters}, "baseline": {"bigram": fit_bigrams(tokens, colors)}}
 
   def loss(
     self, variables: base.Variables, batch: base.Batch, context: base.LossContext
@@ -166,14 +169,14 @@ class PixelModelling(base.Task):
     return PixelEvaluator()
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
-    return {"batch": draw.draw_images(batch["image"], title="Training batch")}
+    return {"batch": draw_batch(batch["image"])}
 
   def figures(self, batch: base.Batch, predictions: base.Predictions) -> dict[str, Figure]:
     if "completions" not in predictions:
       return {}
     real = real_rows(batch, len(batch["image"]))
     arrays = (predictions["quantized"], batch["prefix_length"], predictions["completions"])
-    return {"completions": draw.draw_completions(*(np.asarray(array)[real] for array in arrays))}
+    return {"completions": draw_completions(*(np.asarray(array)[real] for array in arrays))}
 
   def _view(self, view: int | Array) -> jax.Array:
     return jax.random.fold_in(jax.random.key(self.seed), view)
@@ -183,7 +186,7 @@ class PixelModelling(base.Task):
 
   def _model(
     self, variables: base.Variables, batch: base.Batch, rng: jax.Array, *, train: bool
-  ) -> tuple[dict[str, Array], Float[Array, " b"]]:
+  ) -> tuple[dict[str, Array], PerImage]:
     images, visible = self._images(batch), None
     if not self.model.causal:
       shape = (images.shape[0], images.shape[1] * images.shape[2])
@@ -194,7 +197,7 @@ class PixelModelling(base.Task):
 
   def _classify(
     self, outputs: Mapping[str, Array], batch: base.Batch
-  ) -> tuple[Float[Array, " b"], Bool[Array, " b"]]:
+  ) -> tuple[PerImage, Bool[Array, " b"]]:
     labels, logits = jnp.asarray(batch["label"]), outputs["logits"]
     # An unknown label makes the loss NaN, which stops a run, except in padding rows.
     known = (labels >= 0) & (labels < logits.shape[-1])
@@ -203,7 +206,7 @@ class PixelModelling(base.Task):
     return losses, jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels
 
   def _complete(
-    self, variables: base.Variables, batch: base.Batch, tokens: Int[Array, "b n"]
+    self, variables: base.Variables, batch: base.Batch, tokens: Tokens
   ) -> dict[str, Array]:
     count, shape, rng = self.completions, batch["image"].shape[:3], jax.random.key(self.seed)
     repeated = jnp.repeat(tokens, count, axis=0)
@@ -217,9 +220,7 @@ class PixelModelling(base.Task):
     }
 
 
-def pixel_nats(
-  logits: Float[Array, "b n k"], tokens: Int[Array, "b n"], visible: Bool[Array, "b n"] | None
-) -> Float[Array, " b"]:
+def pixel_nats(logits: Float[Array, "b n k"], tokens: Tokens, visible: Visible) -> PerImage:
   """Returns each image's mean cross-entropy over its pixels, or over its masked pixels.
 
   An image without a masked pixel has the loss 0; OpenAI's code divides 0 by 0.
@@ -237,48 +238,43 @@ class PixelEvaluator(Evaluator):
   scores = ("nats", "bits", "log_likelihood", "images", "bigram_nats", "class_loss", "accuracy")
 
   def __init__(self) -> None:
-    self.images = 0
     self.sums: collections.Counter[str] = collections.Counter()
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
     real = real_rows(batch, len(predictions["nats"]))
     names = [n for n in ("nats", "bigram_nats", "class_loss", "correct") if n in predictions]
-    self.images += len(real)
+    self.sums["images"] += len(real)
     self.sums.update({n: float(np.asarray(predictions[n], np.float64)[real].sum()) for n in names})
 
   def _merge(self, other: Any) -> None:
-    self.images += other.images
     self.sums.update(other.sums)
 
   def result(self) -> dict[str, float]:
-    if not self.images:
+    images = self.sums["images"]
+    if not images:
       raise ValueError("no image was evaluated; is the evaluation split empty?")
-    means = {name: total / self.images for name, total in self.sums.items()}
+    means = {name: total / images for name, total in self.sums.items()}
     if "correct" in means:
       means["accuracy"] = means.pop("correct")
     nats = means["nats"]
-    scores = {"bits": nats / math.log(2), "log_likelihood": -nats, "images": float(self.images)}
+    scores = {"bits": nats / math.log(2), "log_likelihood": -nats, "images": float(images)}
     return {**means, **scores}
 
 
-def count_bigrams(tokens: Integer[np.ndarray, "b n"], num_tokens: int) -> Int64[np.ndarray, "m k"]:
-  """Returns how often token j (column) follows token i (row); the last row is for first tokens."""
+def fit_bigrams(tokens: Integer[np.ndarray, "b n"], num_tokens: int) -> Float32[np.ndarray, "m k"]:
+  """Returns the log-probability of token j (column) after i (row); the last row is for the first.
+
+  Smoothed by one observation a row, distributed as all tokens.
+  """
   previous = np.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=num_tokens)
   counts = np.zeros((num_tokens + 1, num_tokens), np.int64)
   np.add.at(counts, (previous, tokens), 1)
-  return counts
-
-
-def log_bigrams(counts: Int64[np.ndarray, "m k"]) -> Float32[np.ndarray, "m k"]:
-  """Returns each row's log-probabilities, smoothed by one observation distributed as all tokens."""
   overall = counts.sum(axis=0) + 1.0
   smoothed = counts + overall / overall.sum()
   return np.log(smoothed / smoothed.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def score_bigrams(
-  tokens: Int[Array, "b n"], log_probabilities: Float[Array, "m k"]
-) -> Float[Array, " b"]:
+def score_bigrams(tokens: Tokens, log_probabilities: Float[Array, "m k"]) -> PerImage:
   """Returns the mean negative log-likelihood of each sequence's tokens, in nats."""
   first = jnp.full_like(tokens[:, :1], log_probabilities.shape[1])
   previous = jnp.concatenate([first, tokens[:, :-1]], axis=1)
