@@ -29,7 +29,7 @@ import numpy as np
 import timing
 
 from vit_jax_zoo import create_model, export
-from vit_jax_zoo.systems.igpt.sampling import complete
+from vit_jax_zoo.systems.igpt.model import complete
 from vit_jax_zoo.weights import Preprocess, Pretrained
 
 

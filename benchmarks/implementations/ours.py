@@ -15,7 +15,7 @@ from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.registry import create_model, sharding_rules
 from vit_jax_zoo.systems.fpt.transformer import FeaturePyramidTransformer
 from vit_jax_zoo.systems.fpt.weights_official import state_dict
-from vit_jax_zoo.systems.igpt.sampling import complete
+from vit_jax_zoo.systems.igpt.model import complete
 from vit_jax_zoo.systems.ttsr.search import find_matches, transfer
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext

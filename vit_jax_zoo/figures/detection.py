@@ -132,9 +132,7 @@ def show(ax: Axes, image: Image) -> None:
 
 def draw_boxes(ax: Axes, boxes_xyxy: Boxes, names: Sequence[str], labels: Labels) -> None:
   """Draws boxes with their names, which do not overlap, in the color and style of their class."""
-  outline: list[patheffects.AbstractPathEffect] = [
-    patheffects.withStroke(linewidth=3.2, foreground="black", alpha=0.55)
-  ]
+  outline = patheffects.withStroke(linewidth=3.2, foreground="black", alpha=0.55)
   figure, place = ax.get_figure(root=True), ax.get_gridspec()
   rows = figure.get_figheight() / place.nrows if figure and place else CELL
   line = abs(np.subtract(*ax.get_ylim())) * LABEL / rows  # height of a name, in pixels
@@ -143,7 +141,7 @@ def draw_boxes(ax: Axes, boxes_xyxy: Boxes, names: Sequence[str], labels: Labels
     color = COLORS[label % len(COLORS)]
     style = STYLES[label // len(COLORS) % len(STYLES)]
     box = Rectangle((left, top), right - left, bottom - top, fill=False, ec=color, ls=style, lw=1.8)
-    box.set_path_effects(outline)
+    box.set_path_effects([outline])
     ax.add_patch(box)
     if name:
       frame = {"boxstyle": "square,pad=0.15", "fc": color, "ec": "none", "alpha": 0.85}

@@ -14,9 +14,10 @@ from safetensors.numpy import load_file
 from tests.conftest import golden_folder
 from vit_jax_zoo.metrics.classification import ClassificationEvaluator
 from vit_jax_zoo.systems.igpt import palette
+from vit_jax_zoo.systems.igpt import task as igpt_task
 from vit_jax_zoo.systems.igpt import weights_hf as igpt_hf
 from vit_jax_zoo.systems.igpt.model import ImageGPT
-from vit_jax_zoo.systems.igpt.task import PixelEvaluator, pixel_nats
+from vit_jax_zoo.systems.igpt.task import PixelEvaluator, fit_bigrams, pixel_nats, score_bigrams
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
 from vit_jax_zoo.weights import key_map as table
@@ -350,3 +351,44 @@ def test_palette_of_wrong_size_raises(tmp_path):
     task.init_from_data([make_batch()])
   with pytest.raises(ValueError, match=r"data\.train"):
     make_task().init_from_data([])
+
+
+def test_bigram_probabilities_and_scores():
+  tokens = np.array([[0, 1, 1, 2], [0, 1, 2, 2]])
+  table = fit_bigrams(tokens, 3)
+  counts = np.array([[0, 2, 0], [0, 1, 2], [0, 0, 1], [2, 0, 0]])
+  smoothed = counts + (np.array([2, 3, 3]) + 1) / 11
+  expected = smoothed / smoothed.sum(axis=1, keepdims=True)
+  np.testing.assert_allclose(np.exp(table), expected, rtol=1e-6)
+  expected = -(table[3, 0] + table[0, 1] + table[1, 1] + table[1, 2]) / 4
+  scores = score_bigrams(jnp.asarray(tokens), jnp.asarray(table))
+  np.testing.assert_allclose(scores[0], expected, rtol=1e-6)
+
+
+def test_completions_figure_has_prefix_completions_and_original(monkeypatch):
+  monkeypatch.setattr(igpt_task, "MAX_COMPLETED", 2)
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
+  completions = rng.integers(0, 256, (3, 2, 4, 4, 3), dtype=np.uint8)
+  prefix_lengths = np.array([8, 0, 6])
+  figure = igpt_task.draw_completions(images, prefix_lengths, completions)
+  (ax,) = figure.axes
+  # A pixel is drawn as 6 x 6; pictures are separated by one column or row.
+  drawn = np.pad(np.asarray(ax.images[0].get_array()), ((0, 1), (0, 1), (0, 0)))
+  tiles = 255 * drawn.reshape(2, 25, 4, 25, 3).swapaxes(1, 2)[:, :, 3:24:6, 3:24:6]
+  np.testing.assert_allclose(tiles[:, 1:3], completions[:2], atol=1e-3)
+  np.testing.assert_allclose(tiles[:, 3], images[:2], atol=1e-3)
+  np.testing.assert_allclose(tiles[0, 0, :2], images[0, :2], atol=1e-3)
+  np.testing.assert_allclose(tiles[0, 0, 2:], np.full((2, 4, 3), igpt_task.MISSING), atol=1e-3)
+  labels = [text.get_text() for text in ax.get_xticklabels()]
+  assert labels == ["given", "draw 1", "draw 2", "original"]
+  assert "2 images, 2 draws of each" in [text.get_text() for text in figure.texts]
+  one = igpt_task.draw_completions(images[:1], prefix_lengths[:1], completions[:1, :1])
+  assert "one image, one draw" in [text.get_text() for text in one.texts]
+
+
+def test_keep_pixels_ends_within_row():
+  image = np.full((2, 3, 3), 7, np.uint8)
+  prefix = igpt_task.keep_pixels(image, 4)
+  np.testing.assert_array_equal((prefix == 7).all(-1), [[True] * 3, [True, False, False]])
+  assert (image == 7).all()

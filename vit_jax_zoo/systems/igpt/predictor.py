@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from vit_jax_zoo.inference.base import Options, Picture, Predictor, Result, Trained
-from vit_jax_zoo.systems.igpt.figures import draw_completions, keep_pixels
+from vit_jax_zoo.systems.igpt.task import draw_completions, keep_pixels
 
 
 class CompletionPredictor(Predictor):

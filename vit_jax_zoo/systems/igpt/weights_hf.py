@@ -53,7 +53,6 @@ TABLE: tuple[Row, ...] = (
 )
 """Between the keys that `split` leaves and our paths."""
 
-
 _KNOWN = {
   "activation_function": "quick_gelu",
   "layer_norm_epsilon": 1e-5,
@@ -88,7 +87,8 @@ def read_checkpoint(published: Published) -> Checkpoint:
   if "score.weight" in arrays:
     fields["sos_token"] = False
     del arrays[_SOS]
-  checkpoint = checkpoint_of(path, arrays, TABLE, fields, None if fields["use_bias"] else _BIAS)
+  ignore = () if fields["use_bias"] else (_BIAS,)
+  checkpoint = checkpoint_of(path, arrays, TABLE, fields, *ignore)
   size = checkpoint.preprocess.image_size
   preprocess = hf_config.read_preprocess(published.processor, size, "ImageGPT")
   count = fields["num_positions"]
@@ -116,20 +116,8 @@ def write_checkpoint(path: str, export: Pretrained) -> None:
     raise WeightsError(f"{wrong}. Set num_classes=None")
   kept = {k: a for k, a in variables.items() if not k.startswith("baseline/")}
   kept.setdefault("sos_token", np.zeros(fields["width"], np.float32))
-  contents = {"config": _config_of(fields, export)}
-  if clusters is not None:
-    contents["preprocessor_config"] = {
-      **hf_config.processor_of(export.preprocess, "ImageGPTImageProcessor", fits=("squash",)),
-      "clusters": np.asarray(clusters).tolist(),
-      "do_color_quantize": True,
-    }
-  hf_config.write_folder(path, join(write(kept, TABLE)), **contents)
-
-
-def _config_of(fields: Mapping[str, Any], export: Pretrained) -> dict[str, Any]:
-  is_classifier = fields["num_classes"] is not None
   kind = "ImageClassification" if is_classifier else "CausalImageModeling"
-  return {
+  config = {
     "architectures": [f"ImageGPTFor{kind}"],
     "model_type": "imagegpt",
     "vocab_size": fields["num_colors"] + 1,
@@ -144,6 +132,14 @@ def _config_of(fields: Mapping[str, Any], export: Pretrained) -> dict[str, Any]:
     "use_cache": True,
     **(hf_config.label_fields(export.class_names, fields["num_classes"]) if is_classifier else {}),
   }
+  contents: dict[str, Any] = {"config": config}
+  if clusters is not None:
+    contents["preprocessor_config"] = {
+      **hf_config.processor_of(export.preprocess, "ImageGPTImageProcessor", fits=("squash",)),
+      "clusters": np.asarray(clusters).tolist(),
+      "do_color_quantize": True,
+    }
+  hf_config.write_folder(path, join(write(kept, TABLE)), **contents)
 
 
 def split(published: Mapping[str, np.ndarray]) -> Flat:

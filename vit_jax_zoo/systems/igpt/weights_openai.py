@@ -19,8 +19,7 @@ INPUT_LAST = Transform(lambda a, _: a.transpose(2, 0, 1), lambda a: a.transpose(
 """[heads, head width, input] kept as [input, heads, head width]."""
 TRANSPOSED = Transform(lambda a, _: a.T, lambda a: a.T)
 
-IGNORE = r"model/.*/(Adam|Adam_1|adam_[mv]|m|v)"
-"""State of the optimizer."""
+IGNORE = r"model/.*/(Adam|Adam_1|adam_[mv]|m|v)"  # state of the optimizer
 
 
 def _block(theirs: str, ours: str, transform: Transform = KEEP) -> Row:
@@ -57,14 +56,13 @@ def read_checkpoint(published: Published) -> Checkpoint:
 
 
 def checkpoint_of(
-  source: str, arrays: Flat, table: tuple[Row, ...], fields: Mapping[str, Any], ignore: str | None
+  source: str, arrays: Flat, table: tuple[Row, ...], fields: Mapping[str, Any], *ignore: str
 ) -> Checkpoint:
   """Returns the checkpoint of an iGPT, whose images are resized to a square of its positions."""
   size = (math.isqrt(fields["num_positions"]),) * 2
   preprocess = Preprocess(size, interpolation="bilinear")
   checkpoint = Checkpoint(source, "igpt", arrays, table, fields, preprocess, "pixel_modelling")
-  ignored = () if ignore is None else (ignore,)
-  return checkpoint.replace(ignore=ignored, optional=("palette",), image_size=size)
+  return checkpoint.replace(ignore=ignore, optional=("palette",), image_size=size)
 
 
 def palette_beside(file: epath.Path) -> Flat:
