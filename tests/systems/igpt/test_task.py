@@ -295,7 +295,7 @@ def test_completions_keep_prefix_and_scores_ignore_padding():
   assert whole.result()["nats"] == pytest.approx(predictions["nats"][:4].mean(), rel=1e-6)
   assert whole.result()["accuracy"] == predictions["correct"][:4].mean()
   figures = task.figures(padded, predictions)
-  assert figures["completions"].texts[1].get_text() == "4 images, 2 draws of each"
+  assert figures["completions"].texts[1].get_text() == "images: 4; draws of each: 2"
   assert task.figures(batch, {"nats": predictions["nats"]}) == {}
   assert len(task.batch_figures(batch)["batch"].axes) == 6
 
@@ -382,9 +382,9 @@ def test_completions_figure_has_prefix_completions_and_original(monkeypatch):
   np.testing.assert_allclose(tiles[0, 0, 2:], np.full((2, 4, 3), igpt_task.MISSING), atol=1e-3)
   labels = [text.get_text() for text in ax.get_xticklabels()]
   assert labels == ["given", "draw 1", "draw 2", "original"]
-  assert "2 images, 2 draws of each" in [text.get_text() for text in figure.texts]
+  assert "images: 2; draws of each: 2" in [text.get_text() for text in figure.texts]
   one = igpt_task.draw_completions(images[:1], prefix_lengths[:1], completions[:1, :1])
-  assert "one image, one draw" in [text.get_text() for text in one.texts]
+  assert "images: 1; draws of each: 1" in [text.get_text() for text in one.texts]
 
 
 def test_keep_pixels_ends_within_row():

@@ -296,9 +296,7 @@ def draw_completions(
   sides = np.array(images.shape[1:3])
   height, width = sides / sides.max() * np.clip(sides.max() / 32, 0.7, 1.3) * tiles.shape[:2]
   figure = Figure(figsize=(max(width + 2 * MARGIN, 4.6), height + 0.95 + MARGIN), dpi=110)
-  draws = "one draw" if count == 1 else f"{count} draws"
-  words = f"one image, {draws}" if shown == 1 else f"{shown} images, {draws} of each"
-  write_title(figure, "Completions", words)
+  write_title(figure, "Completions", f"images: {shown}; draws of each: {count}")
   ax = add_axes(figure, MARGIN, MARGIN, width, height)
   draw_mosaic(ax, tiles / 255)
   ax.xaxis.tick_top()

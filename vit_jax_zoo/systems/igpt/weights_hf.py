@@ -15,13 +15,11 @@ from vit_jax_zoo.weights import hf_config
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained, side
 from vit_jax_zoo.weights.key_map import KEEP, Flat, Row, Transform, WeightsError, write
 from vit_jax_zoo.weights.readers import Published
-from vit_jax_zoo.weights.torch_layouts import PARTS, join_qkv, split_qkv
+from vit_jax_zoo.weights.torch_layouts import HEADS_BIAS, PARTS, join_qkv, split_qkv
 
-# [input, width] kept as [input, heads, head width]; [width, output] as [heads, head width, output];
-# [width] as [heads, head width].
+# [input, width] kept as [input, heads, head width]; [width, output] as [heads, head width, output].
 HEADS = Transform(np.reshape, lambda a: a.reshape(a.shape[0], -1))
 FROM_HEADS = Transform(np.reshape, lambda a: a.reshape(-1, a.shape[-1]))
-HEADS_BIAS = Transform(np.reshape, np.ravel)
 
 _BIAS = r"transformer\.h\.\d+\.(attn|mlp)\.c_(attn|fc|proj)\.bias(\[\w+\])?"
 _FUSED = re.compile(r".*\.c_attn\.(weight|bias)")
