@@ -23,7 +23,12 @@ def explain(
   `distances` [l heads], in pixels; `positions` [gh*gw d], if any; `filters` [kh kw c n].
   """
   grid, is_cls = model.token_grid(image_size), model.pool == "cls"
-  weights = attention_maps(intermediates["encoder"])
+  encoder = intermediates["encoder"]
+  if "blocks" in encoder:  # scanned
+    weights = encoder["blocks"]["attention"]["weights"][0]
+  else:
+    blocks = [encoder[f"block_{i}"] for i in range(model.depth)]
+    weights = jnp.stack([block["attention"]["weights"][0] for block in blocks])
 
   def of_the_head(maps: Array) -> Array:
     maps = patch_tokens(maps, grid, axis=-1)
@@ -63,14 +68,6 @@ def draw_explanation(
     grid = explanation["rollout"].shape[1:]
     of_model["positions"] = draw.draw_position_similarity(explanation["positions"], grid)
   return of_images, of_model
-
-
-def attention_maps(intermediates: Mapping[str, Any]) -> Float[Array, "l b heads n n"]:
-  """Returns the attention maps among the encoder's intermediates, scanned or unrolled."""
-  if "blocks" in intermediates:
-    return intermediates["blocks"]["attention"]["weights"][0]
-  blocks = [intermediates[f"block_{i}"] for i in range(len(intermediates))]
-  return jnp.stack([block["attention"]["weights"][0] for block in blocks])
 
 
 def attention_rollout(weights: Maps) -> Float[Array, "b n n"]:

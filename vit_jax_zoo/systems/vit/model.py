@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from vit_jax_zoo.errors import check_names
+from vit_jax_zoo.errors import check_names, field_names
 from vit_jax_zoo.nn.attention import Implementation, MultiHeadAttention
 from vit_jax_zoo.nn.drop import DropPath, drop_path_rates
 from vit_jax_zoo.nn.transformer import SHARDING_RULES as SHARDING_RULES
@@ -98,7 +98,9 @@ class VisionTransformer(nn.Module):
 
     # Eq. 2 and 3: the encoder blocks.
     rates = drop_path_rates(self.drop_path_rate, self.depth) if self.drop_path_rate else None
-    encoder = Stack(self._block, self.depth, self.scan_layers, self.remat, name="encoder")
+    shared = {name: getattr(self, name) for name in field_names(EncoderBlock)}
+    block = functools.partial(EncoderBlock, **shared)
+    encoder = Stack(block, self.depth, self.scan_layers, self.remat, name="encoder")
     x, _ = encoder(x, per_layer=rates, train=train)
 
     # Eq. 4: the last norm, and the pool.
@@ -113,12 +115,6 @@ class VisionTransformer(nn.Module):
     features = norm(features) if self.fc_norm else features
     self.sow("intermediates", "pooled", features)
     return {"tokens": x, **self._head(features)}
-
-  @property
-  def _block(self) -> functools.partial[nn.Module]:
-    fields = ("num_heads", "mlp_dim", "dropout_rate", "activation", "qkv_bias")
-    fields += ("layer_norm_epsilon", "dtype", "attention_implementation")
-    return functools.partial(EncoderBlock, **{name: getattr(self, name) for name in fields})
 
   def _head(self, features: Float[Array, "b d"]) -> dict[str, Array]:
     if self.representation_size is not None:

@@ -97,41 +97,37 @@ def _normalize(arrays: Mapping[str, np.ndarray]) -> Flat:
   return flat
 
 
-def _infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
-  block = r"Transformer/encoderblock_(\d+)/"
-  query, hidden = rf"{block}.*/query/kernel", rf"{block}MlpBlock_\d/Dense_0/kernel"
-  width, mlp_dim = side(published, (query, 3, 0)), side(published, (hidden, 2, 1))
-  if width is None or mlp_dim is None:
-    raise common.not_a_vit(published, source, "Google")
-  classes, representation = (
-    side(published, (f"{layer}/bias", 1, 0), (f"{layer}/kernel", 2, 1))
-    for layer in ("head", "pre_logits")
-  )
-  # Without a table and a class token, big_vision's model has sine-cosine embeddings.
-  has_table = any(key in published for key in (_POSITIONS, _POSITIONS_BIG_VISION, "cls"))
-  fields: dict[str, Any] = {
-    "num_classes": classes,
-    "patch_size": side(published, ("embedding/kernel", 4, 0)) or 16,  # reported if missing
-    "width": width,
-    "depth": count(published, block),
-    "num_heads": side(published, (query, 3, 1)),
-    "mlp_dim": mlp_dim,
-    "representation_size": representation,
-    "pool": "cls" if "cls" in published else "mean",
-    "cls_token_position": _POSITIONS in published,
-    "position_embedding": "learned_1d" if has_table else "sincos_2d",
-  }
-  if "conv_root/kernel" in published:
-    stages = common.stage_sizes(published, r"block(\d+)/unit(\d+)/", first=1)
-    root_width = published["conv_root/kernel"].shape[-1]
-    fields["resnet"] = {"stage_sizes": stages, "width": root_width}
-  return fields
-
-
 def read_checkpoint(published: Published) -> common.VitCheckpoint:
   """Reads a file's arrays; the preprocessing is that of Google's evaluations."""
   path, arrays = published.path, _normalize(published.arrays)
-  known = {"table": TABLE, "fields": _infer_fields(arrays, path), "resize": "corner_aligned"}
+  block = r"Transformer/encoderblock_(\d+)/"
+  query, hidden = rf"{block}.*/query/kernel", rf"{block}MlpBlock_\d/Dense_0/kernel"
+  width, mlp_dim = side(arrays, (query, 3, 0)), side(arrays, (hidden, 2, 1))
+  if width is None or mlp_dim is None:
+    raise common.not_a_vit(arrays, path, "Google")
+  classes, representation = (
+    side(arrays, (f"{layer}/bias", 1, 0), (f"{layer}/kernel", 2, 1))
+    for layer in ("head", "pre_logits")
+  )
+  # Without a table and a class token, big_vision's model has sine-cosine embeddings.
+  has_table = any(key in arrays for key in (_POSITIONS, _POSITIONS_BIG_VISION, "cls"))
+  fields: dict[str, Any] = {
+    "num_classes": classes,
+    "patch_size": side(arrays, ("embedding/kernel", 4, 0)) or 16,  # reported if missing
+    "width": width,
+    "depth": count(arrays, block),
+    "num_heads": side(arrays, (query, 3, 1)),
+    "mlp_dim": mlp_dim,
+    "representation_size": representation,
+    "pool": "cls" if "cls" in arrays else "mean",
+    "cls_token_position": _POSITIONS in arrays,
+    "position_embedding": "learned_1d" if has_table else "sincos_2d",
+  }
+  if "conv_root/kernel" in arrays:
+    stages = common.stage_sizes(arrays, r"block(\d+)/unit(\d+)/", first=1)
+    root_width = arrays["conv_root/kernel"].shape[-1]
+    fields["resnet"] = {"stage_sizes": stages, "width": root_width}
+  known = {"table": TABLE, "fields": fields, "resize": "corner_aligned"}
   return common.VitCheckpoint(source=path, arrays=arrays, **known)
 
 

@@ -64,29 +64,30 @@ def is_of(published: Mapping[str, np.ndarray]) -> bool:
   return any(re.match(_LAYER, key) for key in published)
 
 
-def _infer_fields(
-  published: Mapping[str, np.ndarray], config: Mapping[str, Any], source: str
-) -> dict[str, Any]:
+def read_checkpoint(published: Published) -> common.VitCheckpoint:
+  """Reads a folder with its `config.json`."""
+  path, config, arrays = published.path, published.config, published.arrays
+  hf_config.check_config(published, {"model_type": "vit"}, ["num_attention_heads", "patch_size"])
   activation, pooler = config.get("hidden_act", "gelu"), config.get("pooler_act", "tanh")
   if activation not in ACTIVATIONS or pooler != "tanh":
     given = f"hidden_act {activation!r} and pooler_act {pooler!r}"
-    raise WeightsError(f"{source} has {given}; known are {', '.join(ACTIVATIONS)}, and tanh")
+    raise WeightsError(f"{path} has {given}; known are {', '.join(ACTIVATIONS)}, and tanh")
   patch = config["patch_size"]
   sides = {patch} if isinstance(patch, int) else set(patch)
   if len(sides) != 1:
-    raise WeightsError(f"{source} has patches of {patch}; ours are square")
+    raise WeightsError(f"{path} has patches of {patch}; ours are square")
   hidden = rf"{_LAYER}intermediate\.dense\.weight"
-  width, mlp_dim = side(published, (hidden, 2, 1)), side(published, (hidden, 2, 0))
+  width, mlp_dim = side(arrays, (hidden, 2, 1)), side(arrays, (hidden, 2, 0))
   if width is None or mlp_dim is None:
-    raise common.not_a_vit(published, source, "Hugging Face")
-  return {
-    "num_classes": outputs_of(published, "classifier"),
+    raise common.not_a_vit(arrays, path, "Hugging Face")
+  fields: dict[str, Any] = {
+    "num_classes": outputs_of(arrays, "classifier"),
     "patch_size": sides.pop(),
     "width": width,
-    "depth": count(published, _LAYER),
+    "depth": count(arrays, _LAYER),
     "num_heads": config["num_attention_heads"],
     "mlp_dim": mlp_dim,
-    "representation_size": outputs_of(published, r"(?:vit\.)?pooler\.dense"),
+    "representation_size": outputs_of(arrays, r"(?:vit\.)?pooler\.dense"),
     "pool": "cls",
     "cls_token": True,
     "position_embedding": "learned_1d",
@@ -95,23 +96,16 @@ def _infer_fields(
     "activation": ACTIVATIONS[activation],
     "layer_norm_epsilon": config.get("layer_norm_eps", 1e-12),
   }
-
-
-def read_checkpoint(published: Published) -> common.VitCheckpoint:
-  """Reads a folder with its `config.json`."""
-  path, config = published.path, published.config
-  hf_config.check_config(published, {"model_type": "vit"}, ["num_attention_heads", "patch_size"])
-  side = config.get("image_size", 224)
-  size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
-  fields = _infer_fields(published.arrays, config, path)
+  given = config.get("image_size", 224)
+  size = (given, given) if isinstance(given, int) else (int(given[0]), int(given[1]))
   return common.VitCheckpoint(
     source=path,
-    arrays=published.arrays,
+    arrays=arrays,
     table=(*CLASSIFIER_TABLE, *BASE_TABLE),
     fields=fields,
     resize="bicubic",
     preprocess=hf_config.read_preprocess(published.processor, size, "ViT"),
-    task_fields=hf_config.read_class_names(config, fields.get("num_classes") or 0),
+    task_fields=hf_config.read_class_names(config, fields["num_classes"] or 0),
     image_size=size,
   )
 

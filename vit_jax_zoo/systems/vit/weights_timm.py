@@ -13,18 +13,11 @@ from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.systems.vit import weights_common as common
 from vit_jax_zoo.systems.vit.model import VARIANTS
 from vit_jax_zoo.weights import hf_config
+from vit_jax_zoo.weights import torch_layouts as layouts
 from vit_jax_zoo.weights.checkpoint import Pretrained, count, outputs_of, side
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, unroll, write
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
-from vit_jax_zoo.weights.torch_layouts import (
-  CONVOLUTION,
-  block_rows,
-  join_qkv,
-  layer_rows,
-  norm_rows,
-  split_qkv,
-)
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")  # timm's `act_layer`, and ours
 _POOLS = {"cls": "token", "mean": "avg"}  # our `pool` -> timm's `global_pool`
@@ -42,31 +35,29 @@ FIXED: dict[str, Any] = {
 HALF = (0.5, 0.5, 0.5)  # default mean and standard deviation of pixels
 _JOINT = re.compile(r"blocks\.\d+\.attn\.qkv\.(weight|bias)")
 _BACKBONE = "patch_embed.backbone"
+_UNIT = f"{_BACKBONE}.stages.{{s}}.blocks.{{u}}"
 
 
 def _conv_norm_rows(published: str, ours: str) -> list[Row]:
   conv, conv_path = published.replace("@", "conv"), ours.replace("@", "conv")
-  norm = norm_rows(published.replace("@", "norm"), ours.replace("@", "norm"))
-  return [Row(f"{conv}.weight", f"{conv_path}/kernel", CONVOLUTION), *norm]
-
-
-def _resnet_rows() -> list[Row]:
-  theirs, ours = f"{_BACKBONE}.stages.{{s}}.blocks.{{u}}", "resnet/stage_{s}_unit_{u}"
-  rows = _conv_norm_rows(f"{theirs}.downsample.@", f"{ours}/shortcut_@")
-  return rows + [row for i in "123" for row in _conv_norm_rows(f"{theirs}.@{i}", f"{ours}/@_{i}")]
+  norm = layouts.norm_rows(published.replace("@", "norm"), ours.replace("@", "norm"))
+  return [Row(f"{conv}.weight", f"{conv_path}/kernel", layouts.CONVOLUTION), *norm]
 
 
 _BARE_STEM = _conv_norm_rows(f"{_BACKBONE}.@", "resnet/root_@")  # of a ResNet without stages
-_FC_NORM = norm_rows("fc_norm", "norm")  # of a last norm after the pooling
+_FC_NORM = layouts.norm_rows("fc_norm", "norm")  # of a last norm after the pooling
 
 TABLE: tuple[Row, ...] = (
   *_conv_norm_rows(f"{_BACKBONE}.stem.@", "resnet/root_@"),
   *_BARE_STEM,
-  *_resnet_rows(),
+  *_conv_norm_rows(f"{_UNIT}.downsample.@", "resnet/stage_{s}_unit_{u}/shortcut_@"),
+  *_conv_norm_rows(f"{_UNIT}.@1", "resnet/stage_{s}_unit_{u}/@_1"),
+  *_conv_norm_rows(f"{_UNIT}.@2", "resnet/stage_{s}_unit_{u}/@_2"),
+  *_conv_norm_rows(f"{_UNIT}.@3", "resnet/stage_{s}_unit_{u}/@_3"),
   Row("cls_token", "cls_token"),
   Row("pos_embed", "position_embedding/table"),
-  *layer_rows("patch_embed.proj", "embedding", CONVOLUTION),
-  *block_rows(
+  *layouts.layer_rows("patch_embed.proj", "embedding", layouts.CONVOLUTION),
+  *layouts.block_rows(
     "blocks.{i}",
     "encoder/block_{i}",
     {"attn": "attention"},
@@ -75,10 +66,10 @@ TABLE: tuple[Row, ...] = (
     out="proj",
     mlp=("mlp.fc1", "mlp.fc2"),
   ),
-  *norm_rows("norm", "norm"),
+  *layouts.norm_rows("norm", "norm"),
   *_FC_NORM,
-  *layer_rows("pre_logits.fc", "pre_logits"),
-  *layer_rows("head", "head"),
+  *layouts.layer_rows("pre_logits.fc", "pre_logits"),
+  *layouts.layer_rows("head", "head"),
 )
 """Between the keys after `split` and our paths."""
 
@@ -180,7 +171,7 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
     )  # fmt: skip
   return common.VitCheckpoint(
     source=path,
-    arrays=split_qkv(published.arrays, _JOINT),
+    arrays=layouts.split_qkv(published.arrays, _JOINT),
     table=TABLE,
     fields={**fields, "activation": activation},
     resize="bicubic_antialias",
@@ -217,7 +208,7 @@ def state_dict(params: Mapping[str, np.ndarray], *, fc_norm: bool = False) -> Fl
   first = _FC_NORM if fc_norm else []
   if not any(path.startswith("resnet/stage_") for path in layers):
     first = [*first, *_BARE_STEM]
-  return join_qkv(write(layers, [*first, *TABLE]))
+  return layouts.join_qkv(write(layers, [*first, *TABLE]))
 
 
 def write_checkpoint(path: str, export: Pretrained) -> None:
