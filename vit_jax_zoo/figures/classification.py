@@ -51,8 +51,7 @@ def draw_predictions(
     name = shorten(name_of(int(best), class_names), int(11.5 * cell) - 8)
     mark, color = ("✓", RIGHT) if correct[i] else ("✗", WRONG)
     _draw_image(ax, images[i], frame=color)
-    style = {"fontsize": 9, "color": color, "weight": "bold"}
-    ax.set_xlabel(f"{mark} {name} ({float(probability):.0%})", labelpad=4, **style)
+    ax.set_xlabel(f"{mark} {name} ({probability:.0%})", fontsize=9, color=color, weight="bold")
     if not correct[i]:
       truth = _describe(labels[i], class_names, 99).replace("\n", ", ")
       below = shorten(f"true: {truth}", int(13 * cell))

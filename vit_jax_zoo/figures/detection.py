@@ -99,10 +99,8 @@ def real_rows(batch: Batch) -> list[int]:
 def image_of(batch: Batch, row: int) -> UInt8[np.ndarray, "h w c"]:
   """Returns an image without its padding."""
   image = np.asarray(batch["image"][row])
-  if "image_size" in batch:
-    height, width = np.asarray(batch["image_size"][row])
-    image = image[:height, :width]
-  return np.clip(image, 0, 255).astype(np.uint8)
+  height, width = np.asarray(batch["image_size"][row] if "image_size" in batch else image.shape[:2])
+  return np.clip(image[:height, :width], 0, 255).astype(np.uint8)
 
 
 def to_shown(batch: Batch, row: int, image: Image) -> Float[np.ndarray, " 4"]:

@@ -30,7 +30,7 @@ def _block(theirs: str, ours: str, transform: Transform = KEEP) -> Row:
   return Row(f"transformer.h.{{i}}.{theirs}", f"decoder/block_{{i}}/{ours}", transform)
 
 
-TABLE: tuple[Row, ...] = (
+TABLE: tuple[Row, ...] = (  # from the keys after `split`
   Row(_EMBEDDING, "token_embedding"),
   Row(_SOS, "sos_token"),
   Row("transformer.wpe.weight", "position_embedding"),
@@ -49,7 +49,6 @@ TABLE: tuple[Row, ...] = (
   Row("score.weight", "head/kernel", TRANSPOSED),
   Row("clusters", "palette/clusters"),
 )
-"""Between the keys that `split` leaves and our paths."""
 
 _KNOWN = {
   "activation_function": "quick_gelu",

@@ -131,9 +131,8 @@ class VisionTransformer(nn.Module):
   @property
   def token_stride(self) -> int:
     """Pixels of the image per token along each side: a hybrid's stride times the patch size."""
-    if self.resnet is None:
-      return self.patch_size
-    return self.patch_size * 4 * 2 ** max(len(self.resnet["stage_sizes"]) - 1, 0)
+    hybrid = 4 * 2 ** max(len(self.resnet["stage_sizes"]) - 1, 0) if self.resnet else 1
+    return self.patch_size * hybrid
 
   def token_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
     return image_size[0] // self.token_stride, image_size[1] // self.token_stride

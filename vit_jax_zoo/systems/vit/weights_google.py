@@ -49,23 +49,21 @@ def _block_rows(norm: str, attention: str, mlp_norm: str, mlp: str) -> list[Row]
   return rows + _rows(f"{theirs}/{mlp}/Dense_1", f"{ours}/mlp/out")
 
 
-def _resnet_rows() -> list[Row]:
-  theirs, ours = "block{s+1}/unit{u+1}", "resnet/stage_{s}_unit_{u}"
-  pairs = [("{}_root", "resnet/root_{}"), (theirs + "/{}_proj", ours + "/shortcut_{}")]
-  pairs += [(theirs + "/{}" + part, ours + "/{}_" + part) for part in "123"]
-  rows = []
-  for published, path in pairs:
-    rows += _rows(published.replace("{}", "conv"), path.replace("{}", "conv"), ("kernel",))
-    norms = _rows(published.replace("{}", "gn"), path.replace("{}", "norm"), _NORM)
-    rows += [dataclasses.replace(row, transform=CHANNELS_4D) for row in norms]
-  return rows
+def _conv_norm_rows(published: str, ours: str) -> list[Row]:
+  conv = _rows(published.replace("@", "conv"), ours.replace("@", "conv"), ("kernel",))
+  norm = _rows(published.replace("@", "gn"), ours.replace("@", "norm"), _NORM)
+  return conv + [dataclasses.replace(row, transform=CHANNELS_4D) for row in norm]
 
 
 _POSITIONS = "Transformer/posembed_input/pos_embedding"
 _POSITIONS_BIG_VISION = "pos_embedding"
 
 TABLE: tuple[Row, ...] = (
-  *_resnet_rows(),
+  *_conv_norm_rows("@_root", "resnet/root_@"),
+  *_conv_norm_rows("block{s+1}/unit{u+1}/@_proj", "resnet/stage_{s}_unit_{u}/shortcut_@"),
+  *_conv_norm_rows("block{s+1}/unit{u+1}/@1", "resnet/stage_{s}_unit_{u}/@_1"),
+  *_conv_norm_rows("block{s+1}/unit{u+1}/@2", "resnet/stage_{s}_unit_{u}/@_2"),
+  *_conv_norm_rows("block{s+1}/unit{u+1}/@3", "resnet/stage_{s}_unit_{u}/@_3"),
   Row("cls", "cls_token"),
   *_rows("embedding", "embedding"),
   Row(_POSITIONS, "position_embedding/table"),

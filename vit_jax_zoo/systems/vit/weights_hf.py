@@ -35,7 +35,7 @@ FIXED: dict[str, Any] = {
 
 _LAYER = r"(?:vit\.)?encoder\.layer\.(\d+)\."
 
-BASE_TABLE: tuple[Row, ...] = (
+BASE_TABLE: tuple[Row, ...] = (  # of `ViTModel`
   Row("embeddings.cls_token", "cls_token"),
   Row("embeddings.position_embeddings", "position_embedding/table"),
   *layouts.layer_rows("embeddings.patch_embeddings.projection", "embedding", layouts.CONVOLUTION),
@@ -51,12 +51,10 @@ BASE_TABLE: tuple[Row, ...] = (
   *layouts.norm_rows("layernorm", "norm"),
   *layouts.layer_rows("pooler.dense", "pre_logits"),
 )
-"""`ViTModel`."""
-CLASSIFIER_TABLE = (
+CLASSIFIER_TABLE = (  # of `ViTForImageClassification`
   *(Row(f"vit.{row.published}", row.ours, row.transform) for row in BASE_TABLE),
   *layouts.layer_rows("classifier", "head"),
 )
-"""`ViTForImageClassification`."""
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:

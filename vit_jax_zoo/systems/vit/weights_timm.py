@@ -32,7 +32,6 @@ FIXED: dict[str, Any] = {
 }
 """Values of our fields that timm's ViT is limited to: one, or one of several."""
 
-HALF = (0.5, 0.5, 0.5)  # default mean and standard deviation of pixels
 _JOINT = re.compile(r"blocks\.\d+\.attn\.qkv\.(weight|bias)")
 _BACKBONE = "patch_embed.backbone"
 _UNIT = f"{_BACKBONE}.stages.{{s}}.blocks.{{u}}"
@@ -47,7 +46,7 @@ def _conv_norm_rows(published: str, ours: str) -> list[Row]:
 _BARE_STEM = _conv_norm_rows(f"{_BACKBONE}.@", "resnet/root_@")  # of a ResNet without stages
 _FC_NORM = layouts.norm_rows("fc_norm", "norm")  # of a last norm after the pooling
 
-TABLE: tuple[Row, ...] = (
+TABLE: tuple[Row, ...] = (  # from the keys after `split_qkv`
   *_conv_norm_rows(f"{_BACKBONE}.stem.@", "resnet/root_@"),
   *_BARE_STEM,
   *_conv_norm_rows(f"{_UNIT}.downsample.@", "resnet/stage_{s}_unit_{u}/shortcut_@"),
@@ -71,7 +70,6 @@ TABLE: tuple[Row, ...] = (
   *layouts.layer_rows("pre_logits.fc", "pre_logits"),
   *layouts.layer_rows("head", "head"),
 )
-"""Between the keys after `split` and our paths."""
 
 _REFUSED = (
   (r"dist_token|head_dist\..*", "a distilled DeiT"),
@@ -144,7 +142,8 @@ def _infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str,
 
 def read_checkpoint(published: Published) -> common.VitCheckpoint:
   """Reads a file, and the `config.json` beside it, if there is one."""
-  settings = hf_config.read_timm(published, Preprocess((224, 224), HALF, HALF, crop_pct=0.9))
+  default = Preprocess((224, 224), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9)
+  settings = hf_config.read_timm(published, default)
   path, stated_name = published.path, published.config.get("architecture") or ""
   if not isinstance(stated_name, str):
     raise WeightsError(f"{path}: architecture is {stated_name!r}; expected a name of timm")
