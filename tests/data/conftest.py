@@ -9,7 +9,6 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
 from tests.data.images import encode, photo
-from vit_jax_zoo.data.sources import tfds as tfds_source
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,8 +68,8 @@ class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 def prepared(tmp_path_factory):
   """data_dir with Tiny as ArrayRecord."""
   root = tmp_path_factory.mktemp("tfds")
-  with tfds_source.quiet_progress():
-    Tiny(data_dir=root, file_format="array_record").download_and_prepare()
+  tfds.disable_progress_bar()
+  Tiny(data_dir=root, file_format="array_record").download_and_prepare()
   return root
 
 

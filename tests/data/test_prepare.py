@@ -7,7 +7,7 @@ import pytest
 
 from vit_jax_zoo.data import prepare
 from vit_jax_zoo.data.sources import load_source
-from vit_jax_zoo.data.sources.tfds import TFRecordFiles, read_records
+from vit_jax_zoo.data.sources.tfds import TFRecordFiles
 
 
 def contents(source):
@@ -39,8 +39,6 @@ class TestTFRecord:
   def test_truncated_file_raises(self, tmp_path):
     path = tmp_path / "short"
     path.write_bytes((3).to_bytes(8, "little") + b"crc." + b"one" + b"crc." + b"\5\0\0")
-    with pytest.raises(ValueError, match="at byte 22"):
-      list(read_records(str(path)))
     with pytest.raises(ValueError, match=r"1 whole records, expected 2"):
       TFRecordFiles([str(path)], [2], bytes.decode)[0]
 
@@ -68,11 +66,11 @@ class TestConvert:
     converted = []
     convert = prepare._convert_shard
 
-    def interrupt_second(shard, new):
+    def interrupt_second(shard, length, new):
       if len(converted) == 1:
         raise KeyboardInterrupt
-      converted.append(shard.name)
-      convert(shard, new)
+      converted.append(shard)
+      convert(shard, length, new)
 
     monkeypatch.setattr(prepare, "_convert_shard", interrupt_second)
     with pytest.raises(KeyboardInterrupt):
@@ -80,7 +78,7 @@ class TestConvert:
     assert not (tmp_path / "tiny" / "1.2.0").exists()
     again = []
     monkeypatch.setattr(
-      prepare, "_convert_shard", lambda s, n: (again.append(s.name), convert(s, n))
+      prepare, "_convert_shard", lambda shard, *rest: (again.append(shard), convert(shard, *rest))
     )
     prepare.convert_tfrecord(str(source), tmp_path)
     assert len(again) == 1
@@ -93,7 +91,7 @@ class TestConvert:
     for file in (prepared_as_tfrecord / "tiny" / "1.2.0").iterdir():
       data = file.read_bytes()
       (broken / file.name).write_bytes(b"" if "test.tfrecord" in file.name else data)
-    with pytest.raises(ValueError, match=r"has 20 records, expected 26"):
+    with pytest.raises(ValueError, match=r"test\.tfrecord.* has 0 whole records, expected 6"):
       prepare.convert_tfrecord(str(broken), tmp_path)
 
   def test_not_tfrecord_exits(self, prepared, tmp_path):

@@ -70,24 +70,18 @@ def convert_tfrecord(prepared: str, data_dir: pathlib.Path) -> pathlib.Path:
   target = data_dir / info["name"] / info.get("configName", "") / info["version"]
   if target.exists():
     raise ValueError(f"{target}: exists; remove it to convert {source} again")
-  shards = sorted(f for f in source.iterdir() if ".tfrecord" in f.name)
-  _check_disk(info["name"], data_dir, sum(f.stat().st_size for f in shards))
+  splits = tfds.builder_from_directory(source).info.splits.values()
+  shards = [pair for s in splits for pair in zip(s.filepaths, s.shard_lengths, strict=True)]
+  _check_disk(info["name"], data_dir, sum(os.path.getsize(shard) for shard, _ in shards))
 
   scratch = target.with_name(target.name + ".incomplete")
   scratch.mkdir(parents=True, exist_ok=True)
-  records = 0  # of all files, also those converted by an interrupted run
-  for shard in rich.progress.track(shards, "converting", console=_CONSOLE):
+  for shard, length in rich.progress.track(shards, "converting", console=_CONSOLE):
     new = scratch / shard.name.replace(".tfrecord", ".array_record")
     if not new.exists():
-      _convert_shard(shard, new)
-    reader = array_record_module.ArrayRecordReader(str(new))
-    records += reader.num_records()
-    reader.close()
-  expected = sum(int(n) for split in info["splits"] for n in split["shardLengths"])
-  if records != expected:
-    raise ValueError(f"{source} has {records} records, expected {expected} by dataset_info.json")
+      _convert_shard(os.fspath(shard), length, new)
   for file in source.iterdir():
-    if file.is_file() and file not in shards:
+    if file.is_file() and ".tfrecord" not in file.name:
       shutil.copyfile(file, scratch / file.name)
   for split in info["splits"]:
     template = split.get("filepathTemplate", "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}")
@@ -116,12 +110,13 @@ def prepare_folder(root: str, name: str, data_dir: pathlib.Path) -> pathlib.Path
   return tfds_source.write_dataset(name, features, splits, data_dir, shuffle=False)
 
 
-def _convert_shard(shard: pathlib.Path, new: pathlib.Path) -> None:
+def _convert_shard(shard: str, length: int, new: pathlib.Path) -> None:
   unfinished = new.with_name(new.name + ".part")
   # group_size:1, as TFDS: records are compressed one by one.
   writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
-  for record in tfds_source.read_records(str(shard)):
-    writer.write(record)
+  records = tfds_source.TFRecordFiles([shard], [length], bytes)
+  for i in range(length):
+    writer.write(records[i])
   writer.close()
   os.rename(unfinished, new)
 

@@ -14,7 +14,6 @@ from tests.data.images import encode, photo
 from vit_jax_zoo.data.pipeline import eval_batches, train_batches
 from vit_jax_zoo.data.sources import coco as coco_names
 from vit_jax_zoo.data.sources import load_source
-from vit_jax_zoo.data.sources import tfds as tfds_source
 from vit_jax_zoo.data.transforms import build_transforms
 
 TRAIN = build_transforms([dict(name="load_objects", masks=True), dict(name="pad_objects", num=4)])
@@ -311,8 +310,8 @@ class Coco(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 def test_tfds_coco_labels_mapped_to_coco_ids(tmp_path):
   """TFDS numbers the classes from 0 to 79; COCO's id of toothbrush is 90."""
-  with tfds_source.quiet_progress():
-    Coco(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+  tfds.disable_progress_bar()
+  Coco(data_dir=tmp_path, file_format="array_record").download_and_prepare()
   source = load_source("tfds:coco", "train", data_dir=str(tmp_path))
   assert source.info.num_classes == 91
   assert source.info.class_names[90] == "toothbrush"

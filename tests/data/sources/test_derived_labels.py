@@ -6,7 +6,6 @@ import pytest
 import tensorflow_datasets as tfds
 
 from vit_jax_zoo.data.sources import load_source
-from vit_jax_zoo.data.sources import tfds as tfds_source
 from vit_jax_zoo.data.sources.tfds import RULES
 from vit_jax_zoo.data.transforms import pixels
 from vit_jax_zoo.transfer import suites as benchmarks
@@ -81,9 +80,9 @@ class Scenes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  with tfds_source.quiet_progress():
-    builder = Scenes(data_dir=tmp_path_factory.mktemp("rules"), file_format="array_record")
-    builder.download_and_prepare()
+  tfds.disable_progress_bar()
+  builder = Scenes(data_dir=tmp_path_factory.mktemp("rules"), file_format="array_record")
+  builder.download_and_prepare()
   return builder.data_dir
 
 

@@ -11,7 +11,6 @@ from PIL import Image
 from tests.data.images import encode, photo
 from vit_jax_zoo.data.pipeline import eval_batches, train_batches
 from vit_jax_zoo.data.sources import load_source
-from vit_jax_zoo.data.sources import tfds as tfds_source
 from vit_jax_zoo.data.sources.base import CorruptExampleError
 from vit_jax_zoo.data.transforms import build_transforms
 
@@ -241,8 +240,8 @@ class Streets(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 def test_tfds_label_maps(tmp_path):
   """Cityscapes in TFDS, and label maps under any feature name."""
-  with tfds_source.quiet_progress():
-    Streets(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+  tfds.disable_progress_bar()
+  Streets(data_dir=tmp_path, file_format="array_record").download_and_prepare()
   for options, seed in (({}, 0), ({"label_key": "mask", "image_key": "image_left"}, 5)):
     source = load_source("tfds:streets", "train", data_dir=str(tmp_path), **options)
     assert len(source) == 2

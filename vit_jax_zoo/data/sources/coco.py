@@ -236,12 +236,9 @@ def _rotated(split: _Split, images: Sequence[Mapping[str, Any]], exif_frame: str
   if len(sample) < len(images) and any(h != (*sizes[i], 1) for i, h in headers.items()):
     headers = _read_headers(split, images, range(len(images)))
   turns = {i: turn for i, (_, _, turn) in headers.items() if turn != 1}
-  stored = upright = 0
-  for i in turns:
-    height, width, turn = headers[i]
-    if turn >= 5 and height != width:
-      stored += sizes[i] == (height, width)
-      upright += sizes[i] == (width, height)
+  turned = [i for i, (height, width, turn) in headers.items() if turn >= 5 and height != width]
+  stored = sum(sizes[i] == headers[i][:2] for i in turned)
+  upright = sum(sizes[i][::-1] == headers[i][:2] for i in turned)
   frame = exif_frame if exif_frame != "auto" else ("stored" if stored > upright else "upright")
   if turns:
     logging.info(

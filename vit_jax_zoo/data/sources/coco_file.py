@@ -1,14 +1,7 @@
 """Reads a COCO annotation file and checks all of it in one pass.
 
-Every kind of problem is reported once, with its count and its first example:
-
-* refused: duplicate ids, missing or wrong fields, boxes that are not 4 numbers, unknown images or
-  categories, category ids above `MAX_CATEGORY`;
-* left out of the data: boxes with NaN or a negative side, and images without panoptic annotation;
-* left out where masks are used: objects without a usable outline;
-* left out only in training: crowds, and boxes without area in their image, which are scored;
-* logged: no annotations or only crowds, boxes in [0, 1], out of the image or given by two corners,
-  text for a number, a file, name or object twice, unusual paths, categories without `isthing`.
+Every kind of problem is reported once, with its count and its first example; the guide
+docs/guides/detection.md lists which are refused, left out or logged.
 """
 
 import collections
@@ -215,11 +208,9 @@ class _Check:
       example = f"image {number}, {file}: {_short(size)}"
       raise _RefusedError("image without height and width in pixels", example)
     if number in self.images:
-      example = f"{number}: {self.images[number]['file_name']}, {file}"
-      raise _RefusedError("image id twice", example)
+      raise _RefusedError("image id twice", f"{number}: {self.images[number]['file_name']}, {file}")
     if file in self._files:
-      example = f"{file}: images {self._files[file]}, {number}"
-      self.warn("image file that is listed twice", example)
+      self.warn("image file that is listed twice", f"{file}: images {self._files[file]}, {number}")
     if "\\" in file or "://" in file:
       self.warn("file_name with a backslash or of a URL; expected a path below the images", file)
     self._files[file] = number

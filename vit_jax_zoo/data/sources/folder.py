@@ -136,8 +136,7 @@ class LabelledSource(FileSource):
     label = np.array(label, np.int32) if isinstance(label, tuple) else label
     return {**self._load(index), **({} if label is None else {"label": label})}
 
-  def _load(self, index: int) -> base.Example:
-    """Returns the example without its label."""
+  def _load(self, index: int) -> base.Example:  # without its label
     return {"image": self.read(self._files[index][0])}
 
   def labels(self) -> np.ndarray | None:
@@ -247,7 +246,6 @@ def _folders(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _check_not_wrapped(inner: pathlib.Path, location: str) -> None:
-  """Refuses a folder whose only folder holds the dataset."""
   inside = _folders(inner)
   while len(inside) == 1 and _folders(inside[0]):
     inner, location = inside[0], f"{location.rstrip('/')}/{inner.name}"

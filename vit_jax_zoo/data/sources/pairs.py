@@ -78,12 +78,12 @@ def _choose(
     raise FileNotFoundError(f"{image}: no reference of its name; add one, or set reference='self'")
   if reference == "all":
     return references
-  if reference == "random":
-    return (references[hash_name(composed(image.name)) % len(references)],)
-  if int(reference) > len(references):
+  first = hash_name(composed(image.name)) % len(references)
+  number = first if reference == "random" else int(reference) - 1
+  if number >= len(references):
     last = f"it has {len(references)}, the last is {references[-1]}"
     raise FileNotFoundError(f"{image}: no reference number {reference}; {last}")
-  return (references[int(reference) - 1],)
+  return (references[number],)
 
 
 def _find_layout(root: pathlib.Path) -> dict[str, Callable[[], Pairs]]:

@@ -296,17 +296,6 @@ def _classes(features: Any, label_key: str | None) -> tuple[int | None, tuple[st
   return feature.num_classes, tuple(feature.names) if named else ()
 
 
-@contextlib.contextmanager
-def quiet_progress() -> Iterator[None]:
-  """Silences TFDS's progress bars and download messages."""
-  tfds.disable_progress_bar()
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      yield
-  finally:
-    tfds.enable_progress_bar()
-
-
 class _Writer(tfds.dataset_builders.AdhocBuilder, skip_registration=True):
   def _split_generators(self, dl_manager: Any) -> dict[Any, Any]:
     del dl_manager  # AdhocBuilder's own method imports TensorFlow
@@ -316,7 +305,7 @@ class _Writer(tfds.dataset_builders.AdhocBuilder, skip_registration=True):
 def write_dataset(
   name: str, features: Record, splits: RecordSplits, data_dir: str | os.PathLike, *, shuffle: bool
 ) -> pathlib.Path:
-  """Writes records as ArrayRecord, without TensorFlow; returns the dataset's folder."""
+  """Writes records as ArrayRecord, without TensorFlow and its output; returns the folder."""
   builder = _Writer(
     name=name,
     version="1.0.0",
@@ -326,8 +315,12 @@ def write_dataset(
     file_format="array_record",
     disable_shuffling=not shuffle,
   )
-  with quiet_progress():
-    builder.download_and_prepare()
+  tfds.disable_progress_bar()
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      builder.download_and_prepare()
+  finally:
+    tfds.enable_progress_bar()
   return pathlib.Path(builder.data_dir)
 
 
@@ -406,18 +399,6 @@ class TFRecordFiles:
     with open(path, "rb") as file:
       file.seek(start)
       return self._decode(file.read(length))
-
-
-def read_records(path: str) -> Iterator[bytes]:
-  """Yields the records of a file in order; ValueError if it ends in the middle of one."""
-  end = 0
-  with open(path, "rb") as file:
-    for start, length in _index(path):
-      file.seek(start)
-      yield file.read(length)
-      end = start + length + _FOOTER
-  if end != os.path.getsize(path):
-    raise ValueError(f"{path} ends in the middle of a record, at byte {os.path.getsize(path)}")
 
 
 def _index(path: str) -> Iterator[tuple[int, int]]:
