@@ -40,11 +40,8 @@ oven, toaster, sink, refrigerator, -, book, clock, vase, scissors, teddy bear, h
 toothbrush
 """
 
-THINGS = {
-  number: name
-  for number, name in enumerate(map(str.strip, _THING_NAMES.split(",")), start=1)
-  if name != "-"
-}
+_NUMBERED = enumerate(re.split(r",\s+", _THING_NAMES.strip()), start=1)
+THINGS = {number: name for number, name in _NUMBERED if name != "-"}
 """Names by id."""
 
 STUFF = {

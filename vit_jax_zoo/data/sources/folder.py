@@ -26,9 +26,8 @@ from vit_jax_zoo.data.sources import base
 from vit_jax_zoo.errors import name_of
 
 SPLIT_FOLDERS = {
-  "train": "train", "training": "train", "test": "test", "testing": "test",
-  "dev": "val", "eval": "val",
-  **{name: name for name in base.VALIDATION_NAMES},
+  "train": "train", "training": "train", "test": "test", "testing": "test", "dev": "val",
+  "eval": "val", **{name: name for name in base.VALIDATION_NAMES},
 }  # fmt: skip
 
 TEST_FRACTION = 0.1

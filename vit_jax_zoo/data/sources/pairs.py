@@ -54,14 +54,11 @@ def open_splits(location: str, reference: str | int = "1") -> base.Splits:
   check_names("reference", [reference], REFERENCES)
   expected = "input/ and ref/, or a published dataset (demo:stereo needs no files)"
   root = base.local_folder("pairs", location, expected)
-  splits = {
-    name: functools.partial(_open, f"pairs:{location}", find, reference)
-    for name, find in _find_layout(root).items()
-  }
-  return base.name_validation(splits)
+  opened, found = functools.partial(_open, f"pairs:{location}", reference), _find_layout(root)
+  return base.name_validation({s: functools.partial(opened, find) for s, find in found.items()})
 
 
-def _open(name: str, find: Callable[[], Pairs], reference: str) -> PairSource:
+def _open(name: str, reference: str, find: Callable[[], Pairs]) -> PairSource:
   chosen = {image: _choose(image, refs, reference) for image, refs in find().items()}
   pairs = [(str(image), tuple(map(str, refs))) for image, refs in chosen.items()]
   source = PairSource(base.DatasetInfo(name, len(pairs)), "", pairs)

@@ -63,13 +63,7 @@ def open_splits(
   """
   expected = "images/<split>/, annotations/<split>/ (demo:scenes, panoptic=True, needs no files)"
   root = base.local_folder("segmentation", location, expected)
-  if (images is None) != (labels is None):
-    raise ValueError("segmentation: give both patterns, images and labels, or neither")
-  if images is None or labels is None:
-    layout = _find_layout(root)
-  else:
-    layout = Layout(images, labels, lists)
-    _check_pattern(layout)
+  layout = _choose_layout(root, images, labels, lists)
   names = read_class_names(class_names)
   whole = base.DatasetInfo(f"segmentation:{location}", 0, len(names) or None, names)
   found = _find_by_lists(root, layout) if layout.lists else _find_in_folders(root, layout)
@@ -80,27 +74,27 @@ def open_splits(
     if alias in found and name in found:
       raise ValueError(f"{root}: {alias} and {name} are both the split {name!r}; keep one")
   _check_labels(root, found)
-  splits = {
-    SPLIT_NAMES.get(split, split): functools.partial(SegmentationSource, whole, root, sorted(files))
-    for split, files in found.items()
-  }
-  return base.name_validation(splits)
+  opened = functools.partial(SegmentationSource, whole, root)
+  splits = {SPLIT_NAMES.get(s, s): sorted(files) for s, files in found.items()}
+  return base.name_validation({s: functools.partial(opened, f) for s, f in splits.items()})
 
 
-def _find_layout(root: pathlib.Path) -> Layout:
+def _choose_layout(
+  root: pathlib.Path, images: str | None, labels: str | None, lists: str | None
+) -> Layout:
+  if (images is None) != (labels is None):
+    raise ValueError("segmentation: give both patterns, images and labels, or neither")
+  if images is not None and labels is not None:
+    needed = ("{name}",) if lists else ("{name}", "{split}")
+    for pattern, part in itertools.product((images, labels), needed):
+      if part not in pattern:
+        raise ValueError(f"segmentation: the pattern {pattern!r} lacks {part}")
+    return Layout(images, labels, lists)
   for layout in LAYOUTS:
-    folders = [pattern.split("/")[0] for pattern in layout[:2]]
-    if all((root / folder).is_dir() for folder in folders):
+    if all((root / pattern.split("/")[0]).is_dir() for pattern in (layout.images, layout.labels)):
       return layout
   known = " or ".join(sorted({layout.images for layout in LAYOUTS}))
   raise ValueError(f"{root}: unknown layout; expected {known}, or the options images and labels")
-
-
-def _check_pattern(layout: Layout) -> None:
-  needed = ("{name}",) if layout.lists else ("{name}", "{split}")
-  for pattern, part in itertools.product(layout[:2], needed):
-    if part not in pattern:
-      raise ValueError(f"segmentation: the pattern {pattern!r} lacks {part}")
 
 
 def _find_in_folders(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str]]]:

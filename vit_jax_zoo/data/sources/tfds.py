@@ -17,7 +17,6 @@ import itertools
 import os
 import pathlib
 import re
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -108,16 +107,12 @@ def open_folder(
     encoded = (image_key,)
     make = functools.partial(_labelled_example, image_key=image_key, label_key=label_key)
   decoders = dict.fromkeys(encoded, tfds.decode.SkipDecoding())  # left as stored
-  return name_validation(
-    {
-      split: functools.partial(_open_split, builder, split, whole, decoders, make)
-      for split in builder.info.splits
-    }
-  )
+  opened = functools.partial(_open_split, builder, whole, decoders, make)
+  return name_validation({s: functools.partial(opened, s) for s in builder.info.splits})
 
 
 def _open_split(
-  builder: Any, split: str, whole: DatasetInfo, decoders: dict[str, Any], make: Maker
+  builder: Any, whole: DatasetInfo, decoders: dict[str, Any], make: Maker, split: str
 ) -> Source:
   info = builder.info.splits[split]
   if str(builder.info.file_format.value) == "tfrecord":
@@ -407,7 +402,7 @@ def _index(path: str) -> Iterator[tuple[int, int]]:
   with open(path, "rb") as file:
     while start + _FOOTER <= size:
       file.seek(start - _HEADER)
-      (length,) = struct.unpack("<Q", file.read(8))
+      length = int.from_bytes(file.read(8), "little")
       if start + length + _FOOTER > size:
         return
       yield start, length

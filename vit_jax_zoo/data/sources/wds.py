@@ -65,10 +65,8 @@ def open_splits(
     )
   label_name = "{0[2]}: {0[0]}: label".format
   encoded, count, names = folder.encode_labels(found, class_names, label_name)
-  info = base.DatasetInfo(name, 0, count, names)
-  return folder.hold_out_test(
-    {s: functools.partial(WdsSource, info, "", files) for s, files in encoded.items()}
-  )
+  opened = functools.partial(WdsSource, base.DatasetInfo(name, 0, count, names), "")
+  return folder.hold_out_test({s: functools.partial(opened, f) for s, f in encoded.items()})
 
 
 def expand_braces(pattern: str) -> list[str]:
