@@ -137,7 +137,7 @@ def scenes(split: str) -> Iterator[Record]:
     yield _record(draw_scene(*material, np.random.default_rng((seed, number))), first + number)
 
 
-Squares = UInt8[np.ndarray, "p _ _ 3"]  # of a photograph, to cut textures from
+Squares = UInt8[np.ndarray, "_ _ _ 3"]  # parts of a photograph, to cut textures from
 
 
 def read_material(split: str) -> tuple[list[np.ndarray], Int[np.ndarray, " n"], list[Squares]]:
