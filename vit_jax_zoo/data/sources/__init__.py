@@ -25,8 +25,8 @@ SECTION = (
 def load_source(name: str, split: str, **options: Any) -> Source:
   """Returns the examples of one split, such as `train[:99%]`; see `data/sources/base.py`.
 
-  The name is `kind:location`; options are those of the kind's `open_splits`. ValueError for unknown
-  names; FileNotFoundError for missing data, with a way to get it.
+  Options are those of the kind's `open_splits`. ValueError for unknown names; FileNotFoundError for
+  missing data, with a way to get it.
 
   >>> source = load_source("demo:digits", "test")
   >>> len(source), source.info.num_classes

@@ -107,7 +107,7 @@ def file_path(folder: str, name: str) -> str:
 
 
 def cache_dir() -> pathlib.Path:
-  """Returns `$VIT_JAX_ZOO_CACHE`, or the folder `vit_jax_zoo` of the user's cache."""
+  """Returns `$VIT_JAX_ZOO_CACHE`, or `vit_jax_zoo` below `$XDG_CACHE_HOME` or `~/.cache`."""
   default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vit_jax_zoo"
   return pathlib.Path(os.environ.get("VIT_JAX_ZOO_CACHE", default)).expanduser()
 

@@ -228,17 +228,19 @@ class _Check:
     if not all(map(_is_finite, box)) or min(box[2:]) < 0:
       self.warn("bbox with NaN, numbers beyond 1e15 or a negative side, left out", where)
       return
-    ends = box[0] + box[2] - image["width"], box[1] + box[3] - image["height"]
-    outside = max(-box[0], -box[1], *ends) > 1
-    if not found["iscrowd"] and not _has_area(box, image):
+    width, height = image["width"], image["height"]
+    right, bottom = box[0] + box[2], box[1] + box[3]
+    visible = min(right, width) - max(box[0], 0), min(bottom, height) - max(box[1], 0)
+    outside = max(-box[0], -box[1], right - width, bottom - height) > 1
+    if not found["iscrowd"] and min(visible) <= 0:
       self.warn("bbox without area in its image, left out in training", where)
-    elif max(box) <= 1.01 and image["width"] * image["height"] > 1:  # 1.01: rounded
+    elif max(box) <= 1.01 and width * height > 1:  # 1.01: rounded
       self.warn("bbox in [0, 1]; expected pixels: left, top, width, height", where)
     elif outside:
       self.warn("bbox that reaches out of its image, clipped in training", where)
     self._boxes += 1
     self._outside += outside
-    if box[0] < box[2] <= image["width"] and box[1] < box[3] <= image["height"]:
+    if box[0] < box[2] <= width and box[1] < box[3] <= height:
       self._corners += 1
       areas = box[2] * box[3], (box[2] - box[0]) * (box[3] - box[1])
       is_close = [math.isclose(found.get("area", 0), area, rel_tol=0.01) for area in areas]
@@ -317,12 +319,6 @@ def _line(problem: tuple[str, Sequence[str]]) -> str:
   kind, examples = problem
   more = ", ..." if len(examples) > 3 else ""
   return f"{len(examples)} x {kind} ({', '.join(examples[:3])}{more})"
-
-
-def _has_area(box: Sequence[float | int], image: Mapping[str, Any]) -> bool:
-  left, top, width, height = box
-  wide = min(left + width, image["width"]) > max(left, 0)
-  return wide and min(top + height, image["height"]) > max(top, 0)
 
 
 def _usable_outline(outline: Any, image: Mapping[str, Any]) -> tuple[Any, str]:

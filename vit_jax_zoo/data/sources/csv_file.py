@@ -1,8 +1,4 @@
-"""Image classification from tables of image files and labels: docs/guides/data.md.
-
-Labels separated by `|`, or a column of 0 and 1 for each class, give an image any number of
-classes, for a sigmoid loss with the transform `multi_hot`. Examples are in the order of the hash.
-"""
+"""Image classification from tables of image files and labels: docs/guides/data.md."""
 
 import csv
 import functools

@@ -1,8 +1,7 @@
 """Demo datasets from images in the wheels of scikit-learn and scikit-image.
 
-They are prepared as ArrayRecord at their first use (1 to 2 s, scenes and shapes 10 s; no
-download, no TensorFlow) in `$VIT_JAX_ZOO_CACHE`, or in `vit_jax_zoo` below `$XDG_CACHE_HOME` or
-`~/.cache`, and read as ImageNet is. One example in five is in the test split.
+They are prepared as ArrayRecord at their first use (1 to 2 s, scenes and shapes 10 s; no download,
+no TensorFlow) in `base.cache_dir`, and read as ImageNet is. One example in five is for test.
 """
 
 import colorsys

@@ -1,14 +1,7 @@
 """Datasets of the package `datasets`: a local folder, or a name on Hugging Face's hub.
 
-No code of the hub is run. The columns determine the kind of the examples:
-
-    image, label                        classification: a ClassLabel, an integer, a text, a list of
-                                        them for several labels an image, or no label
-    image, objects {bbox, category}     detection: `category` is a ClassLabel, or an id or a name of
-                                        `class_names`; optional: area, iscrowd
-    image, annotation (mask, label)     segmentation: an image of class ids
-
-Rows keep their order; the names of splits are in docs/guides/data.md.
+The columns determine the kind of the examples: docs/guides/data.md. No code of the hub is run. Rows
+keep their order.
 """
 
 import copy
@@ -117,9 +110,8 @@ def open_splits(  # noqa: PLR0913  (each is a field of a config)
     return folder.hold_out_test(_labelled(name, found, image, label, class_names))
   info = base.DatasetInfo(name, 0, len(names) or None, names)
   opened = functools.partial(_open, info, image=image, target=target)
-  return folder.hold_out_test(
-    {s: functools.cache(functools.partial(opened, s, rows)) for s, rows in found.items()}
-  )
+  splits = {s: functools.cache(functools.partial(opened, s, rows)) for s, rows in found.items()}
+  return folder.hold_out_test(splits)
 
 
 def _load(location: str, config_name: str | None, revision: str | None) -> dict[str, Rows]:

@@ -19,14 +19,11 @@ from vit_jax_zoo.data.sources.folder import TEST_FRACTION, FileSource, hash_name
 from vit_jax_zoo.errors import check_names
 
 REFERENCES = ("1", "2", "3", "4", "5", "random", "all", "self")
-"""Values of `reference`: a number, in the order of names (in CUFED5 "1" is the most similar); one,
-fixed for a file name (the authors' protocol for Sun80); all, stitched by a transform; the
-low-resolution image itself (the authors' protocol for Urban100 and Manga109)."""
+"""Values of the option `reference`: docs/guides/super_resolution.md."""
 
 Pairs: TypeAlias = Mapping[pathlib.Path, tuple[pathlib.Path, ...]]
 """References of each image, in order."""
 
-_SPLITS = ("train", "test", "val", "valid", "validation")
 _CUFED5 = "test/CUFED5"
 _SUN80, _SUN80_REFERENCES = "Sun_Hays_SR_groundtruth", "Sun_Hays_SR_scenematches"
 _URBAN100 = "image_SRF_4"
@@ -86,7 +83,7 @@ def _choose(
 def _find_layout(root: pathlib.Path) -> dict[str, Callable[[], Pairs]]:
   found: dict[str, Callable[[], Pairs]] = {
     split: functools.partial(_named_alike, root / split / "input", root / split / "ref")
-    for split in _SPLITS
+    for split in ("train", "test", *base.VALIDATION_NAMES)
     if (root / split / "input").is_dir()
   }
   for folder in (root / _CUFED5, root):

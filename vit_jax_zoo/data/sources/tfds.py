@@ -33,6 +33,7 @@ from vit_jax_zoo.errors import check_names
 Record: TypeAlias = Mapping[str, Any]
 RecordSplits: TypeAlias = Mapping[str, Iterable[Record]]
 Maker: TypeAlias = Callable[[Record, int], Example]  # from a record and its index to an example
+Kind: TypeAlias = tuple[DatasetInfo, Sequence[str], Maker]  # classes, encoded features, examples
 
 OBJECTS = {False: "objects", True: "panoptic_objects"}  # feature, by whether it is panoptic
 
@@ -67,9 +68,8 @@ def open_splits(
 
   Boxes: detection; label maps, for which `label_key` is an image feature: segmentation; references:
   super-resolution; else classification. The location is `name`, `name/config`, either with
-  `:version`, or the folder of `dataset_info.json`. Folders are local or `gs://bucket/...`.
-  FileNotFoundError without the prepared dataset; ValueError without these features, or where it
-  cannot be read by index.
+  `:version`, or the folder of `dataset_info.json`. FileNotFoundError without the prepared dataset;
+  ValueError without these features, or where it cannot be read by index.
   """
   is_path = location.startswith((os.sep, "~", ".")) or os.path.isabs(location)
   folder = at_path(location) if is_path or "://" in location else _find(location, data_dir)
@@ -183,8 +183,7 @@ RULES = {
 
 def _derived(
   features: Any, name: str, image_key: str | None, label_key: str | None, derived_labels: str
-) -> tuple[DatasetInfo, Sequence[str], Maker]:
-  """Returns classes, encoded features and examples with labels derived from other features."""
+) -> Kind:
   if label_key is not None:
     raise ValueError(f"{derived_labels=} and {label_key=}: set one of them")
   check_names("derived_labels", [derived_labels], RULES)
@@ -218,9 +217,7 @@ def _pair_example(record: Record, _: int) -> Example:
   return {key: record[key] for key in PAIR}
 
 
-def _objects(
-  features: Any, name: str, *, panoptic: bool
-) -> tuple[DatasetInfo, Sequence[str], Maker]:
+def _objects(features: Any, name: str, *, panoptic: bool) -> Kind:
   objects = OBJECTS[panoptic]
   if not _has_boxes(features, objects):
     kind = "panoptic segments" if panoptic else "objects with boxes"
@@ -338,11 +335,8 @@ def _find(location: str, data_dir: str | None) -> epath.Path:
   name, _, version = location.partition(":")
   root = epath.Path(data_dir).expanduser() if data_dir else default_data_dir()
   versions = _versions(root / name)
-  if not version and versions:
-    return max(versions, key=lambda folder: tuple(map(int, folder.name.split("."))))
-  for folder in versions:
-    if folder.name == version:
-      return folder
+  if found := [folder for folder in versions if version in ("", folder.name)]:
+    return max(found, key=lambda folder: tuple(map(int, folder.name.split("."))))
   available = f" (available: {', '.join(f.name for f in versions)})" if versions else ""
   target = "... locally and copy the result" if "://" in str(root) else root
   raise FileNotFoundError(
@@ -378,12 +372,9 @@ class TFRecordFiles:
     self._ends = list(itertools.accumulate(lengths))
     self._indices: dict[str, np.ndarray] = {}
 
-  def __len__(self) -> int:
-    return self._ends[-1]
-
   def __getitem__(self, index: int) -> Any:
     shard = bisect.bisect_right(self._ends, index)
-    first, path = (0, *self._ends)[shard], self._files[shard]
+    first, path = self._ends[shard - 1] if shard else 0, self._files[shard]
     if path not in self._indices:
       found = np.array(list(_index(path)), np.int64).reshape(-1, 2)
       if len(found) != self._ends[shard] - first:

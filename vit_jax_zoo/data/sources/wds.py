@@ -1,9 +1,7 @@
 """WebDataset shards on a local disk: images with classes in tar files, read by index.
 
-As in the package `webdataset`, a sample is the successive files of one name up to its first dot,
-the rest are its keys. Shards are split by `train`, `test`, `val` and the like in their names, or
-those of their folders. Samples keep their order. Each shard is indexed at its first use, in
-`<shard>.index.json` beside it, or in `$VIT_JAX_ZOO_CACHE`; another size or time renews the index.
+Samples keep their order. Each shard is indexed at its first use, in `<shard>.index.json` beside it,
+or in `$VIT_JAX_ZOO_CACHE`; another size or time renews the index.
 """
 
 import contextlib
@@ -21,6 +19,7 @@ from typing import Any, TypeAlias
 from vit_jax_zoo.data.images import suffixes
 from vit_jax_zoo.data.sources import base, folder
 
+# A sample is the successive files of one name up to its first dot, as in the package webdataset.
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # webdataset.tariterators.base_plus_ext
 _VERSION = 2  # of the index
 
@@ -52,14 +51,14 @@ def open_splits(
 ) -> base.Splits:
   """Indexes the shards: FileNotFoundError without, ValueError, with the sample, for a wrong one."""
   name, found = f"wds:{location}", dict[str, folder.Labelled]()
-  shards = _find_shards(location)
-  splits = {_split_of(shard) for shard in shards}
-  if None in splits and len(splits) > 1:
-    unnamed = next(shard for shard in shards if _split_of(shard) is None)
-    raise ValueError(f"{name}: {unnamed} is not named after a split; expected train, test or val")
-  for shard in shards:
+  splits = {shard: _split_of(shard) for shard in _find_shards(location)}
+  unnamed = [shard for shard, split in splits.items() if split is None]
+  if unnamed and len(unnamed) < len(splits):
+    wrong = f"{name}: {unnamed[0]} is not named after a split"
+    raise ValueError(f"{wrong}; expected train, test or val")
+  for shard, split in splits.items():
     samples = _open_index(shard, (image_key, label_key, label_field))
-    found.setdefault(_split_of(shard) or "train", []).extend(
+    found.setdefault(split or "train", []).extend(
       (key, tuple(label) if isinstance(label, list) else label, shard, *place)
       for key, label, *place in samples
     )
