@@ -3,18 +3,11 @@
     python -m vit_jax_zoo.export --model=runs/vit_b16 --format=safetensors-timm --output=out/
     python -m vit_jax_zoo.export --model=ViT-B_16.npz --format=hf --output=out/
 
-| format           | output                                     | read by                  |
-|------------------|--------------------------------------------|--------------------------|
-| safetensors-timm | folder: model.safetensors, config.json     | timm, `local-dir:<path>` |
-| hf               | folder: model.safetensors and JSON files   | transformers             |
-| npz              | file in Google's layout                    | vision_transformer       |
-| orbax            | folder: a checkpoint of this package       | `--model`, Orbax         |
-| stablehlo        | folder: model.stablehlo, the whole program | any program with JAX     |
-| onnx             | folder: model.onnx, the whole program      | ONNX Runtime and others  |
-
-Systems register further formats (`registry.Format`). If a format does not support a model, the
-error names the field. Models with several inputs (TTSR) cannot be written as programs. Each
-export has a model card, README.md; `--push_to_hub=user/name` uploads it all.
+`--format`: `safetensors-timm` and `hf`, folders for timm and transformers; `npz`, Google's layout;
+`orbax`, a checkpoint of this package; `stablehlo` and `onnx`, folders with the whole program, not
+for models with several inputs (TTSR); and those of the systems. docs/guides/weights.md has who
+reads them. If a format does not support a model, the error names the field. Each export has a model
+card, README.md; `--push_to_hub=user/name` uploads it all.
 """
 
 import dataclasses
@@ -62,7 +55,7 @@ _USAGE = tomllib.loads(pathlib.Path(__file__).with_name("usage.toml").read_text(
 def define_flags() -> None:
   """Defines the command's flags: not on import, as other commands have flags of the same names."""
   flags.DEFINE_string("model", None, "a run's workdir, or a published file, folder or name")
-  flags.DEFINE_string("format", None, "output format; see the table above")
+  flags.DEFINE_string("format", None, "output format; see above")
   flags.DEFINE_string("output", None, "output folder or file")
   flags.DEFINE_integer("image_size", None, "image size; position embeddings are interpolated")
   flags.DEFINE_bool("with_preprocessing", False, "programs take uint8 images of any size")

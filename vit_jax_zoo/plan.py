@@ -79,7 +79,6 @@ def _check(config: ConfigDict, overrides: list[str]) -> int:
 
 
 def _search(config: ConfigDict, machine: Machine) -> list[Plan]:
-  """Plans and prints several meshes; ValueError if none can split the batch."""
   plans: list[Plan] = []
   for plan in search(config, machine, name=FLAGS.config):
     plans.append(plan)

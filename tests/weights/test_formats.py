@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tests.conftest import golden_folder
 from tests.variables import trace_once  # noqa: F401, a fixture
 from vit_jax_zoo import export, load_pretrained
-from vit_jax_zoo.weights import WeightsError, load_into, readers, tf_bundle
+from vit_jax_zoo.weights import WeightsError, load_into, readers
 from vit_jax_zoo.weights.load import formats, read_checkpoint
 
 LAMBDA = ("lambda_resnet26t_a", "lambda_resnet50ts_a", "lambda_resnet26rpt_a")
@@ -111,7 +111,7 @@ def test_lambda_resnet_new_head_missing_statistics_raise(tmp_path):
 @pytest.mark.parametrize("name", IGPT)
 def test_tensorflow_checkpoint_without_tensorflow(name, load_golden, tmp_path):
   _, inputs, outputs = load_golden(name)
-  arrays = tf_bundle.read_bundle(tf_bundle.find_prefix(bundle(name)))
+  arrays = readers.read_bundle(readers.find_prefix(bundle(name)))
   expected = load_file(golden_folder(name) / "weights.safetensors")
   for key, array in expected.items():
     if key in arrays:

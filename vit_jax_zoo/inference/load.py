@@ -158,7 +158,10 @@ class _Run:
   @classmethod
   def read(cls, path: str, options: Mapping[str, Any]) -> "_Run":
     """Reads the run; ValueError if its checkpoint is damaged, not finite, or of another shape."""
-    config, data = load_run(_workdir_of(path))
+    given = epath.Path(path).expanduser().absolute()
+    folders = (given, given.parent, given.parent.parent)
+    workdir = next((folder for folder in folders if (folder / CONFIG_FILE).exists()), given)
+    config, data = load_run(workdir)
     variables = restore_variables(path)
     weights.check_finite(variables, path)
     if data.num_classes is None:
@@ -176,7 +179,6 @@ class _Run:
 
   @property
   def size(self) -> Size | None:
-    """Height and width of the images for inference, if known."""
     return self.requested_size or self.trained_size
 
   @property
@@ -229,9 +231,8 @@ class _Run:
       first, last = resizes[0] if crop else resizes[-1], resizes[-1]
       before = height_width(first.size)
       after = height_width(crop.size) if crop else before
-      fit = "squash"
-      if isinstance(first, ResizeSmall):
-        fit = "crop" if crop else "shorter_side"
+      kept = "crop" if crop else "shorter_side"
+      fit = kept if isinstance(first, ResizeSmall) else "squash"
       return Preprocess(
         after if first is last else height_width(last.size), mean, std, fit,
         f"tf_{last.method}", crop_fraction(after, before), last.dtype == "uint8",
@@ -251,12 +252,6 @@ def _frozen(value: Any) -> Any:
   if isinstance(value, Mapping):
     return {key: _frozen(item) for key, item in value.items()}
   return value
-
-
-def _workdir_of(path: str) -> epath.Path:
-  given = epath.Path(path).expanduser().absolute()
-  folders = (given, given.parent, given.parent.parent)
-  return next((folder for folder in folders if (folder / CONFIG_FILE).exists()), given)
 
 
 def _count_classes(variables: Variables) -> int | None:

@@ -298,7 +298,6 @@ def _part(user: Instruction, name: str | None) -> float | None:
 
 
 def _roots(lines: Sequence[Instruction], by_name: Mapping[str, Instruction]) -> list[Instruction]:
-  """Returns the instructions that produce a fusion's results."""
   roots = [i for i in lines if i.is_root]
   if roots and roots[0].opcode == "tuple":
     roots = [by_name[o] for o in roots[0].operands if o in by_name]

@@ -366,6 +366,12 @@ def report(plan: Plan) -> str:
   """Returns all figures of a plan, one per line, and its assumptions."""
   memory = plan.memory
   shapes = ["x".join(map(str, shape)) for _, shape in plan.batch_shapes]
+  if memory.peak is None:
+    fits = "no: the compiler ran out of memory"
+  elif memory.limit is None:
+    fits = f"unknown: peak {gib(memory.peak)}; the device does not report its memory"
+  else:
+    fits = f"{'yes' if plan.fits else 'NO'}: {gib(memory.peak)} of {gib(memory.limit)}"
   several = " (the largest is compiled)" if len(shapes) > 1 else ""
   rows = [
     ("config", " ".join((plan.config, *plan.overrides))),
@@ -376,7 +382,7 @@ def report(plan: Plan) -> str:
       "micro-batch(es)",
     ),
     ("remat", plan.remat or "-"),
-    ("fits", _verdict(plan)),
+    ("fits", fits),
     ("  parameters", gib(memory.params)),
     ("  optimizer state", gib(memory.optimizer)),
     ("  other state", gib(memory.other_state)),
@@ -426,15 +432,6 @@ def seconds(value: float | None) -> str:
   if value is None:
     return "-"
   return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
-
-
-def _verdict(plan: Plan) -> str:
-  memory = plan.memory
-  if memory.peak is None:
-    return "no: the compiler ran out of memory"
-  if memory.limit is None:
-    return f"unknown: peak {gib(memory.peak)}; the device does not report its memory"
-  return f"{'yes' if plan.fits else 'NO'}: {gib(memory.peak)} of {gib(memory.limit)}"
 
 
 def _count(value: float, unit: str) -> str:

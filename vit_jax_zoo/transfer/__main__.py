@@ -9,15 +9,8 @@ r"""Evaluates a model's features, or its classes, on other datasets.
 `--model` is a run's workdir, a published file or folder, or a published name; images are
 preprocessed as in its own evaluation. Suites share the features of a dataset.
 
-| suite                    | evaluation                                                           |
-|--------------------------|----------------------------------------------------------------------|
-| few_shot                 | ridge regression on 1, 5, 10, 25 images per class, three draws       |
-| linear                   | logistic regression by L-BFGS (iGPT's for CIFAR and STL-10)          |
-| linear_sgd               | logistic regression by SGD (iGPT's for ImageNet)                     |
-| knn                      | k nearest neighbours                                                 |
-| vtab                     | VTAB-1k's 19 tasks, 800 + 200 images each, linear on frozen features |
-| imagenet, real, v2, a, r | an ImageNet classifier on the validation images, their ReaL labels,  |
-|                          | ImageNet-V2, -A, -R                                                  |
+Suites: few_shot, linear, linear_sgd, knn, vtab; imagenet, real, v2, a, r, for a classifier of
+ImageNet. docs/guides/data.md describes them.
 
 `--data` lists sources (`folder:/path`) or datasets of the suite; all of the suite's by default.
 Datasets that are not prepared are skipped, with the command that prepares them. The VTAB paper's

@@ -232,25 +232,6 @@ class Request:
     folder = {"data_dir": self.data_dir} if self.data_dir and is_tfds else {}
     return [load_source(data.source, split, **data.options, **folder) for split in data.splits]
 
-  def choose(
-    self, suite: str, table: Mapping[str, Dataset], given: Dataset | None
-  ) -> dict[str, Dataset]:
-    """Returns the datasets of a suite by name: from its table, or `given` with another source."""
-    datasets = {}
-    for name in self.data or table:
-      is_source = name.partition(":")[0] in KINDS and ":" in name
-      if is_source and given is not None:
-        datasets[name] = dataclasses.replace(given, source=name)
-      elif is_source:
-        wrong = f"--data={name}: not one of {suite}'s {len(table)} tasks"
-        raise ValueError(f"{wrong}; expected these, or no --data")
-      elif name in table:
-        datasets[name] = table[name]
-      else:
-        names = (*table, "folder:/path", "tfds:name", "demo:digits")
-        raise ValueError(unknown_name(f"data for {suite}", name, names))
-    return datasets
-
 
 def run_suites(request: Request, extractor: Extractor) -> Iterator[Outcome]:
   """Yields the outcomes; those of missing datasets have the command that prepares them."""
@@ -284,7 +265,17 @@ class _Run:
       published = IMAGENET[suite]
       given = Dataset("", splits[1:], only_its_classes=published.only_its_classes)
       table, evaluate = {suite: published}, self.variant
-    for name, data in self.request.choose(suite, table, given).items():
+    for name in dict.fromkeys(self.request.data or table):
+      if name.partition(":")[0] in KINDS and ":" in name:
+        if given is None:
+          wrong = f"--data={name}: not one of {suite}'s {len(table)} tasks"
+          raise ValueError(f"{wrong}; expected these, or no --data")
+        data = dataclasses.replace(given, source=name)
+      elif name in table:
+        data = table[name]
+      else:
+        names = (*table, "folder:/path", "tfds:name", "demo:digits")
+        raise ValueError(unknown_name(f"data for {suite}", name, names))
       yield Outcome(suite, name, group=data.group), functools.partial(evaluate, data, name)
 
   def probe(self, probe: probing.FeatureProbe, data: Dataset, name: str) -> dict[str, Any]:

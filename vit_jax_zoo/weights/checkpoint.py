@@ -16,7 +16,7 @@ from absl import logging
 from flax import linen as nn
 
 from vit_jax_zoo.errors import field_names
-from vit_jax_zoo.weights.key_map import Flat, Row, index
+from vit_jax_zoo.weights.key_map import Flat, Row
 from vit_jax_zoo.weights.preprocess import Preprocess
 
 Size: TypeAlias = tuple[int, int]  # height and width
@@ -70,8 +70,8 @@ class Checkpoint:
     return self.replace(arrays={k: array for k, array in self.arrays.items() if k not in dropped})
 
   def _keys(self, prefix: str) -> set[str]:
-    rows = index((row for row in self.table if row.ours.startswith(prefix)), "published")
-    return {key for key in self.arrays if any(row.path(key) is not None for row in rows(key))}
+    rows = [row for row in self.table if row.ours.startswith(prefix)]
+    return {key for key in self.arrays if any(row.path(key) is not None for row in rows)}
 
   def replace(self, **fields: Any) -> Any:
     """Returns the checkpoint with other fields."""

@@ -88,7 +88,7 @@ def relayout(variables: Mapping[str, Any], *, scan_layers: bool | None) -> dict[
     return dict(variables)
   leaves: dict[str, Any] = dict(traverse_util.flatten_dict(dict(variables), sep="/"))
   flat = unroll(leaves)
-  flat = stack(flat, key_map.scanned_paths(flat)) if scan_layers else flat
+  flat = stack(flat) if scan_layers else flat
   return {**{name: {} for name in variables}, **traverse_util.unflatten_dict(flat, sep="/")}
 
 

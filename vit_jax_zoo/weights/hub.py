@@ -21,8 +21,8 @@ from absl import logging
 from etils import epath
 
 from vit_jax_zoo.registry import load_from_each, model_name
-from vit_jax_zoo.weights import tf_bundle
 from vit_jax_zoo.weights.key_map import WeightsError
+from vit_jax_zoo.weights.readers import find_prefix
 
 CACHE_VARIABLE, DEFAULT_CACHE = "VIT_JAX_ZOO_CACHE", "~/.cache/vit_jax_zoo"
 CHUNK = 1 << 20
@@ -69,7 +69,7 @@ def resolve(name: str) -> str:
   """
   if name.startswith(("http://", "https://")):
     return download(name)
-  if epath.Path(name).exists() or tf_bundle.find_prefix(name):
+  if epath.Path(name).exists() or find_prefix(name):
     return name
   if entry := entries().get(name):
     if entry.hub:

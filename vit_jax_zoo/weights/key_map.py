@@ -86,17 +86,6 @@ def _pattern(form: str) -> re.Pattern[str]:
   return re.compile(pattern + re.escape(form[end:]))
 
 
-_NUMBERS = re.compile(r"(?:\{\w+(?:\+1)?\}|\d)+")
-
-
-def index(rows: Iterable[Row], side: str) -> Callable[[str], list[Row]]:
-  """Returns a lookup of the rows whose "ours" or "published" (`side`) may match a name."""
-  by_form: dict[str, list[Row]] = {}
-  for row in rows:
-    by_form.setdefault(_NUMBERS.sub("#", getattr(row, side)), []).append(row)
-  return lambda name: by_form.get(_NUMBERS.sub("#", name), [])
-
-
 class WeightsError(ValueError):
   """A file does not fit the model. The message lists the first problems."""
 
@@ -115,9 +104,9 @@ def read(
   errors; `ignore` has regular expressions of keys that may stay unused.
   """
   found: Flat = {}
-  used, problems, rows_of = set(), [], index(table, "ours")
+  used, problems = set(), []
   for path, shape in shapes.items():
-    candidates = [(key, row) for row in rows_of(path) if (key := row.key(path)) is not None]
+    candidates = [(key, row) for row in table if (key := row.key(path)) is not None]
     present = next(((key, row) for key, row in candidates if key in published), None)
     if present is None:
       names = " or ".join(key for key, _ in candidates) or "no published name"
@@ -176,8 +165,7 @@ def _is_finite(array: Array) -> bool:
 
 def write(parameters: Mapping[str, Array], table: Sequence[Row]) -> Flat:
   """Returns the parameters (by path, layers unrolled) by published key."""
-  rows_of = index(table, "ours")
-  rows = {path: next((r for r in rows_of(path) if r.key(path)), None) for path in parameters}
+  rows = {path: next((r for r in table if r.key(path)), None) for path in parameters}
   if nameless := [path for path, row in rows.items() if row is None]:
     raise WeightsError(f"{', '.join(nameless)}: no name in this format; expected other parameters")
   arrays = ((row, path, np.asarray(parameters[path])) for path, row in rows.items() if row)
@@ -221,13 +209,10 @@ def unroll_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int,
   return {path: array.shape for path, array in unroll(placeholders).items()}
 
 
-def scanned_paths(paths: Iterable[str]) -> list[str]:
-  """Returns the paths with unrolled layers replaced by scanned ones."""
-  return list(dict.fromkeys((_scanned(path) or (path,))[0] for path in paths))
-
-
-def stack(parameters: Mapping[str, Array], paths: Iterable[str]) -> Flat:
-  """Stacks unrolled layers as the `paths` of a model need them: the inverse of `unroll`."""
+def stack(parameters: Mapping[str, Array], paths: Iterable[str] | None = None) -> Flat:
+  """Stacks unrolled layers as the `paths` of a model need them (None: all), unlike `unroll`."""
+  if paths is None:
+    paths = dict.fromkeys((_scanned(path) or (path,))[0] for path in parameters)
   layers: dict[str, dict[int, Array]] = {}
   for path, array in parameters.items():
     if scanned := _scanned(path):
