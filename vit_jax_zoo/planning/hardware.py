@@ -106,10 +106,8 @@ def find_machine(platform: str, topology: str | None = None) -> Machine:
 def find_topology(name: str | None) -> str:
   """Returns the topology of a slice, given as one or as an accelerator type of Google Cloud.
 
-  The latter counts the chips of v5e and v6e, and the two cores of each chip of other versions.
-
-  >>> find_topology("v5litepod-16"), find_topology("v5p-128"), find_topology("v5e:4x4")
-  ('v5e:4x4', 'v5p:4x4x4', 'v5e:4x4')
+  The latter, as v5litepod-16 (v5e:4x4), counts the chips of v5e and v6e, and the two cores of each
+  chip of other versions: v5p-128 is v5p:4x4x4.
   """
   if name is None:
     raise ValueError("--topology: missing; expected a TPU slice, such as --topology=v5e:4x4")

@@ -32,6 +32,9 @@ import ml_dtypes
 import numpy as np
 from absl import logging
 from etils import epath
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import DecodeError
+from google.protobuf.unknown_fields import UnknownFieldSet
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -360,7 +363,7 @@ def read_bundle(prefix: str) -> Flat:
     return _read_tensors(prefix, fields, shards)
   except WeightsError:
     raise
-  except (OSError, KeyError, IndexError, ValueError, struct.error) as error:
+  except (OSError, LookupError, TypeError, ValueError, DecodeError, struct.error) as error:
     raise WeightsError(
       f"{prefix}.index is no TensorFlow checkpoint that can be read, or a truncated one ({error})"
     ) from None
@@ -433,17 +436,8 @@ def _varints(data: bytes, position: int, count: int) -> tuple[list[int], int]:
 
 
 def _parse(message: bytes) -> dict[int, list[Any]]:
+  """Returns the values of a protocol buffer by field number; its schema is not needed."""
   fields: dict[int, list[Any]] = {}
-  position = 0
-  while position < len(message):
-    (tag,), position = _varints(message, position, 1)
-    number, kind = tag >> 3, tag & 7
-    if kind not in (0, 1, 2, 5):
-      raise ValueError(f"its table has a field of the unknown kind {kind}")
-    size = 8 if kind == 1 else 4
-    if kind in (0, 2):
-      (size,), position = _varints(message, position, 1)
-    value = size if kind == 0 else message[position : position + size]
-    position += 0 if kind == 0 else size
-    fields.setdefault(number, []).append(value)
+  for field in UnknownFieldSet(Empty.FromString(message)):
+    fields.setdefault(field.field_number, []).append(field.data)
   return fields
