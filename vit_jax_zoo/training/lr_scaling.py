@@ -33,30 +33,23 @@ def scaled_rate(optimizer: str, rate: float, batch_size: int, recipe_batch_size:
 
 def advise(config: Mapping[str, Any]) -> list[tuple[int, str]]:
   """Returns log levels and lines where batch size and learning rates differ from the recipe's."""
-  recipe, batch_size = config["recipe"], config["batch_size"]
-  if not recipe["batch_size"] or recipe["batch_size"] == batch_size:
+  recipe, optimizers, batch_size = config["recipe"], config["optimizer"], config["batch_size"]
+  usual = recipe["batch_size"]
+  if not usual or usual == batch_size:
     return []
-  optimizers = config["optimizer"]
-  by_group = {SINGLE: optimizers} if "name" in optimizers else optimizers
-  found = [
-    _advise(group, by_group[group], rate, batch_size, recipe["batch_size"])
-    for group, rate in recipe["learning_rates"].items()
-    if group in by_group and by_group[group]["learning_rate"]
-  ]
-  return [advice for advice in found if advice is not None]
-
-
-def _advise(group: str, optimizer: Any, rate: float, batch_size: int, usual: int) -> Any:
-  given, rule = optimizer["learning_rate"], rule_of(optimizer["name"])
-  scaled = scaled_rate(optimizer["name"], rate, batch_size, usual)
-  section = "optimizer" if group == SINGLE else f"optimizer.{group}"
-  change = f"batch_size {batch_size} instead of {usual}"
-  if math.isclose(given, scaled, rel_tol=0.02):
-    return logging.INFO, f"{change}: {rule} scaling of the learning rate, {rate:g} -> {given:g}"
-  far = max(usual / batch_size, batch_size / usual) >= FAR
-  if not far or 1 / _CLOSE <= given / scaled <= _CLOSE:
-    return None
-  parts = -(-usual // batch_size)
+  far, parts = max(usual / batch_size, batch_size / usual) >= FAR, -(-usual // batch_size)
   keep = f"; or keep the batch: --config.batch_size={usual} --config.accumulation_steps={parts}"
-  advice = f"{rule} scaling suggests --config.{section}.learning_rate={scaled:.4g} (now {given:g})"
-  return logging.WARNING, f"{change}: {advice}{keep if batch_size * parts == usual else ''}"
+  found = []
+  for group, rate in recipe["learning_rates"].items():
+    optimizer = optimizers if group == SINGLE else optimizers.get(group, {})
+    if not (given := optimizer.get("learning_rate")):
+      continue
+    scaled = scaled_rate(optimizer["name"], rate, batch_size, usual)
+    change = f"batch_size {batch_size} instead of {usual}: {rule_of(optimizer['name'])} scaling"
+    if math.isclose(given, scaled, rel_tol=0.02):
+      found.append((logging.INFO, f"{change} of the learning rate, {rate:g} -> {given:g}"))
+    elif far and not 1 / _CLOSE <= given / scaled <= _CLOSE:
+      section = SINGLE if group == SINGLE else f"optimizer.{group}"
+      text = f"{change} suggests --config.{section}.learning_rate={scaled:.4g} (now {given:g})"
+      found.append((logging.WARNING, text + (keep if batch_size * parts == usual else "")))
+  return found
