@@ -151,16 +151,9 @@ def build(
   num_steps = config.num_steps or round(config.num_epochs * info.num_examples / config.batch_size)
   task = create_task(task_fields.pop("name"), model, **task_fields)
   _check_metrics(config, task)
+  probes, num_steps = create_probes(config.data.eval.to_dict()), max(1, num_steps)
   return Experiment(
-    config=config,
-    mesh=mesh,
-    open_train_source=open_train_source,
-    eval_sources=eval_sources,
-    fit_sources=fit_sources,
-    probes=create_probes(config.data.eval.to_dict()),
-    model=model,
-    task=task,
-    num_steps=max(1, num_steps),
+    config, mesh, open_train_source, eval_sources, fit_sources, probes, model, task, num_steps
   )
 
 

@@ -115,15 +115,9 @@ def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpoint
     ):
       if not start:
         log_summary(config, program, experiment.sources, first, writer)
-      training = Loop(
-        program=program,
-        evaluations=_evaluations(experiment, program),
-        settings=settings,
-        checkpointer=checkpointer,
-        writer=writer,
-        progress=progress,
-        counters=lambda: {"data/skipped_images": float(iterator.num_skipped)},
-      )
+      counters = lambda: {"data/skipped_images": float(iterator.num_skipped)}  # noqa: E731
+      evaluations = _evaluations(experiment, program)
+      training = Loop(program, evaluations, settings, checkpointer, writer, progress, counters)
       batches = itertools.chain(used, iterator)
       del used  # chain frees each batch after its use
       if options.overfit_one_batch:
@@ -239,12 +233,11 @@ def _evaluations(experiment: Experiment, program: EvaluationProgram) -> dict[str
   for name in experiment.eval_sources:
     batches = functools.partial(experiment.eval_batches, name)
     if name in experiment.fit_sources:
-      data = {"fit_batches": functools.partial(batches, to_fit=True), "test_batches": batches}
-      run = functools.partial(evaluate.probe_features, probe=experiment.probes[name], **data)
+      run = functools.partial(evaluate.probe_features, probe=experiment.probes[name])
     else:
       metrics = experiment.config.data.eval[name].get("metrics", ())
-      run = functools.partial(evaluate.score_predictions, batches=batches, metrics=metrics)
-    evaluations[name] = functools.partial(run, program=program, name=name)
+      run = functools.partial(evaluate.score_predictions, metrics=metrics)
+    evaluations[name] = functools.partial(run, program=program, batches=batches, name=name)
   if experiment.config.explain and evaluations:
     batch = experiment.eval_batches(next(iter(evaluations))).first_batch
     evaluations["explain"] = functools.partial(evaluate.explain, program=program, load_batch=batch)
@@ -257,25 +250,15 @@ def _loop_settings(experiment: Experiment, options: RunOptions, step: int) -> Lo
     expected = f"expected steps of this run, {step + 1} to {last}"
     raise ValueError(f"--profile={profile[0]}:{profile[1]}: outside of the run; {expected}")
   sizes = map(len, (*experiment.eval_sources.values(), *experiment.fit_sources.values()))
-  return LoopSettings(
-    num_steps=last,
-    log_every=config.log_every,
-    eval_every=config.eval_every,
-    checkpoint_every=config.checkpoint.every,
-    eval_best_at_end=config.checkpoint.eval_best_at_end,
-    best=best_score_of(config, experiment.task),
-    profile=profile,
-    # So that evaluations, their figures and checkpoints cost less than training on few images.
-    min_interval=max(16, 3 * sum(math.ceil(size / experiment.eval_batch_size) for size in sizes)),
-  )
+  # So that evaluations, their figures and checkpoints cost less than training on few images.
+  least = max(16, 3 * sum(math.ceil(size / experiment.eval_batch_size) for size in sizes))
+  every = config.log_every, config.eval_every, config.checkpoint.every
+  best = best_score_of(config, experiment.task), config.checkpoint.eval_best_at_end
+  return LoopSettings(last, *every, *best, profile, min_interval=least)
 
 
 def _progress(experiment: Experiment, program: Program, step: int) -> Progress:
-  return Progress(
-    experiment.num_steps,
-    experiment.config.batch_size,
-    start_step=step,
-    num_examples=experiment.train_source.info.num_examples,
-    flops_per_step=count_flops(program.train_step, program.abstract_state, program.abstract_batch),
-    devices=list(experiment.mesh.devices.flat),
-  )
+  flops = count_flops(program.train_step, program.abstract_state, program.abstract_batch)
+  known: dict[str, Any] = {"num_examples": experiment.train_source.info.num_examples}
+  known |= {"flops_per_step": flops, "devices": list(experiment.mesh.devices.flat)}
+  return Progress(experiment.num_steps, experiment.config.batch_size, start_step=step, **known)

@@ -61,9 +61,9 @@ def evaluate(features_step, mesh, probe="linear", views=1, **fields):
   task = Probed(features_step=features_step, feature_views=views)
   batch = abstract_batch_of(next(iter(Batches(0))), BATCH)
   program = build_evaluation(task, batch, mesh=mesh, rules=())
-  batches = {"fit_batches": lambda: Batches(0), "test_batches": lambda: Batches(1)}
+  batches = lambda to_fit=False: Batches(0 if to_fit else 1)  # noqa: E731
   probe = create_probe(probe, **fields)
-  return probe_features({"params": {}}, program=program, **batches, name="probe", probe=probe)
+  return probe_features({"params": {}}, program=program, batches=batches, name="x", probe=probe)
 
 
 def test_layers_probed_without_padding():

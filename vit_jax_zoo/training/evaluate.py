@@ -128,20 +128,19 @@ def probe_features(
   variables: Variables,
   *,
   program: EvaluationProgram,
-  fit_batches: Callable[[], Batches],
-  test_batches: Callable[[], Batches],
+  batches: Callable[..., Batches],
   name: str,
   probe: FeatureProbe,
 ) -> Report:
-  """Fits a probe to the features of one split and scores it on another.
+  """Fits a probe to the features of `batches(to_fit=True)` and scores it on those of `batches()`.
 
   All features are kept on the host, in float32. Scores: the probe's (for features by layer of the
   best layer, "best_layer", selected on held-out images of the fitted split), and the accuracy of
   each layer, "layer_<i>", or kind ("pixels").
   """
   step, mesh, views = program.features_step, program.mesh, program.task.feature_views
-  fit = collect_features(step, variables, fit_batches(), mesh, name)
-  test = collect_features(step, variables, test_batches(), mesh, name, views)
+  fit = collect_features(step, variables, batches(to_fit=True), mesh, name)
+  test = collect_features(step, variables, batches(), mesh, name, views)
   logging.info("probing %s: %d and %d images", name, len(fit.labels), len(test.labels))
   return report(probe(fit, test), probe.title)
 

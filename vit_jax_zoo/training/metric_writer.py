@@ -157,10 +157,8 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
       self._futures.append(self._pool.submit(write, *args))
 
   def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
-    return disk.explained(
-      f"the log cannot be written to {self._workdir}",
-      lambda: "free disk space and run the same command again; it resumes at the last checkpoint",
-    )
+    advice = "free disk space and run the same command again; it resumes at the last checkpoint"
+    return disk.explained(f"the log cannot be written to {self._workdir}", lambda: advice)
 
   def _write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     values = {name: _as_float(name, value) for name, value in scalars.items()}

@@ -258,16 +258,12 @@ def build_evaluation(
   specs["params"] = sharding.parameter_specs(abstract["params"], rules, mesh)
   variables = sharding.named_shardings(specs, mesh)
   split, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  return EvaluationProgram(
-    task=task,
-    mesh=mesh,
-    init=init,
-    abstract_batch=abstract_like(dict(abstract_batch), dict.fromkeys(abstract_batch, split)),
-    abstract_variables=abstract_like(abstract, variables),
-    predict_step=compile_predict_step(task.predict, variables, mesh),
-    features_step=compile_predict_step(task.features, variables, mesh),
-    explain_step=jax.jit(task.explain, in_shardings=(variables, split), out_shardings=replicated),
-  )
+  predict = compile_predict_step(task.predict, variables, mesh)
+  features = compile_predict_step(task.features, variables, mesh)
+  explain = jax.jit(task.explain, in_shardings=(variables, split), out_shardings=replicated)
+  batch = abstract_like(dict(abstract_batch), dict.fromkeys(abstract_batch, split))
+  abstract = abstract_like(abstract, variables)
+  return EvaluationProgram(task, mesh, init, batch, abstract, predict, features, explain)
 
 
 def compile_predict_step(predict_step: PredictStep, shardings: Any, mesh: Mesh) -> PredictStep:
