@@ -3,7 +3,7 @@
 import numpy as np
 
 from vit_jax_zoo.data.sources import load_source
-from vit_jax_zoo.run_summary import count_classes, describe_balance, find_imbalance
+from vit_jax_zoo.trainer import count_classes, describe_balance, find_imbalance
 
 NAMES = ("ant", "bee", "cow")
 
