@@ -19,9 +19,7 @@ from jaxtyping import Int, Integer
 from ml_collections import ConfigDict
 
 from vit_jax_zoo import run_metadata, weights
-from vit_jax_zoo.builder import Experiment as Experiment
-from vit_jax_zoo.builder import best_score_of
-from vit_jax_zoo.builder import build as build
+from vit_jax_zoo.builder import Experiment, best_score_of, build
 from vit_jax_zoo.data.sources.base import Source
 from vit_jax_zoo.errors import shorten
 from vit_jax_zoo.figures.classification import draw_class_balance

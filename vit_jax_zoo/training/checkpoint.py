@@ -184,18 +184,13 @@ class _Folder:
       self.manager.reload()
     return bool(removed)
 
-  def _open(self, **options: Any) -> ocp.CheckpointManager:
+  def _open(self, **more: Any) -> ocp.CheckpointManager:
     # Orbax calls it in its thread when all files are written, before the directory is renamed.
     commit = ocp.AsyncOptions(post_finalization_callback=self._write_manifest)
-    return ocp.CheckpointManager(
-      self._directory,
-      options=ocp.CheckpointManagerOptions(async_options=commit, **self._options, **options),
-      item_handlers={
-        STATE: ocp.StandardCheckpointHandler(),
-        VARIABLES: ocp.StandardCheckpointHandler(),
-        METADATA: ocp.JsonCheckpointHandler(),
-      },
-    )
+    options = ocp.CheckpointManagerOptions(async_options=commit, **self._options, **more)
+    handlers: dict[str, Any] = {x: ocp.StandardCheckpointHandler() for x in (STATE, VARIABLES)}
+    handlers[METADATA] = ocp.JsonCheckpointHandler()
+    return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
   def _write_manifest(self) -> None:
     if not is_primary() or "://" in os.fspath(self._directory):

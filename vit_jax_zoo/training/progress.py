@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import rich.console
 import rich.progress
 from absl import logging
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
 from vit_jax_zoo.errors import escape_controls
 
@@ -159,11 +160,8 @@ class Progress:
 
 
 def _start_bar(num_steps: int, start_step: int) -> rich.progress.Progress:
-  kinds = (
-    rich.progress.BarColumn, rich.progress.MofNCompleteColumn, rich.progress.TimeElapsedColumn,
-  )  # fmt: skip
-  console = rich.console.Console(stderr=True)
-  bar = rich.progress.Progress(*(kind() for kind in kinds), console=console, transient=True)
+  columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+  bar = rich.progress.Progress(*columns, console=Console(stderr=True), transient=True)
   bar.add_task("train", total=num_steps, completed=start_step)
   bar.start()
   return bar
