@@ -16,26 +16,10 @@ Parameters with two or more dimensions decay, except those named `bias` or `scal
 layer axis of scanned blocks (".../blocks/attention/...") is not counted. Attention biases of shape
 [heads, head_dim] do not decay; embeddings, class tokens and kernels do.
 
-A schedule is a function of the number t of completed updates: the first update of a run uses
-`schedule(0)`. A warm-up starts at the fraction f = `warmup_start` of the rate, 0 by default. With w
-warm-up steps, T steps in total, the progress p = clip((t - w) / (T - w), 0, 1), base rate B and end
-value E:
-
-| name     | learning rate                                                        |
-|----------|----------------------------------------------------------------------|
-| constant | B                                                                    |
-| linear   | E + (B - E) (1 - p)                                                  |
-| cosine   | E + (B - E) (1 + cos(pi p)) / 2                                      |
-| poly     | E + (B - E) (1 - p)^power, power 0.9 by default                      |
-| rsqrt    | B sqrt(s / (s + max(t - w, 0))), s = timescale (arXiv:2106.04560)    |
-| step     | B times the factors of all boundaries <= t, 0.1 by default            |
-
-times the warm-up min(1, f + (1 - f) t / w), of whose first steps `optax.linear_schedule` loses most
-digits. `constant` and `rsqrt` may end with a cool-down: linear to E over the last c steps. Linear
-and cosine are those of the ViT paper's code (`create_learning_rate_schedule` in
-google-research/vision_transformer).
-
-Numbers of steps are ints, or floats below 1: that fraction of all steps.
+A schedule is a function of the number t of completed updates: the first one of a run uses
+`schedule(0)`. docs/reference/training.md has their formulas. Linear and cosine are those of the ViT
+paper's code (`create_learning_rate_schedule` in google-research/vision_transformer). A number of
+steps is an int, or a float below 1: that fraction of all steps.
 """
 
 import dataclasses
@@ -362,7 +346,7 @@ def create_schedule(config: Config, num_steps: int) -> Schedule:
   def schedule(step: Any) -> Float[Array, ""]:
     step = jnp.asarray(step, jnp.float32)
     rate = after_warmup(step)
-    if warmup_steps:
+    if warmup_steps:  # optax.linear_schedule loses most digits of the first steps
       rate = rate * jnp.minimum(1.0, start + (1 - start) * step / warmup_steps)
     return jnp.asarray(rate, jnp.float32)
 
@@ -429,6 +413,7 @@ def _rsqrt(
   end_value: Number = 0.0,
   cooldown_steps: Steps = 0,
 ) -> Schedule:
+  """Inverse square root, of Scaling Vision Transformers (arXiv:2106.04560)."""
   scale = count_steps("timescale", timescale, num_steps)
   if scale < 1:
     raise ValueError(f"timescale: {timescale}; expected a number of steps >= 1")
