@@ -191,17 +191,13 @@ def _fill(whole: ConfigDict, given: ConfigDict, path: str) -> None:
     if key not in whole:
       _check_not_renamed(name, f"config.{name}")
     if key not in whole and path.rstrip(".") not in OPEN_SECTIONS:
-      raise ValueError(unknown_name(f"field of {_dotted(path)}", str(key), whole))
+      raise ValueError(unknown_name(f"field of config.{path}".rstrip("."), str(key), whole))
     if isinstance(whole.get(key), ConfigDict) and isinstance(given[key], ConfigDict):
       _fill(whole[key], given[key], f"{name}.")
     elif given[key] is None and key not in whole and given.get_type(key) is not type(None):
       whole[key] = given.get_ref(key)  # a typed placeholder, which a flag may set
     else:
       whole[key] = given[key]
-
-
-def _dotted(path: str) -> str:
-  return f"config.{path}".rstrip(".")
 
 
 def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
@@ -249,7 +245,7 @@ def _prepare(config: ConfigDict, path: str, text: str) -> None:
     if not isinstance(section.get(parent), ConfigDict):
       known = [name for name in section if isinstance(section[name], ConfigDict)]
       wrong = f"--config.{path}: {parent} is no section; set all of it, --config.{above}{parent}="
-      unknown = unknown_name(f"section of {_dotted(above)}", parent, known)
+      unknown = unknown_name(f"section of config.{above}".rstrip("."), parent, known)
       raise ValueError(wrong if parent in section else unknown)
     section, above = section[parent], f"{above}{parent}."
   if isinstance(section.get(key), ConfigDict):
@@ -259,7 +255,7 @@ def _prepare(config: ConfigDict, path: str, text: str) -> None:
     _check_not_renamed(path, f"--config.{path}")
     _check_not_of_groups(config, path)
     if not above.rstrip(".").startswith(OPEN_SECTIONS):
-      raise ValueError(unknown_name(f"field of {_dotted(above)}", key, section))
+      raise ValueError(unknown_name(f"field of config.{above}".rstrip("."), key, section))
     return
   try:
     value = ast.literal_eval(text)

@@ -90,12 +90,11 @@ def _correction(decay: float, count: jax.Array) -> jax.Array | float:
   return -jnp.expm1(count.astype(jnp.float32) * math.log(decay)) if decay else 1.0
 
 
-_DECAY_MODES = ("l2", "decoupled", "fully_decoupled")
 _FIELDS = (
   "name", "learning_rate", "schedule", "weight_decay", "weight_decay_mode", "clip_norm", "rules",
 )  # fmt: skip
-_NO_NUMBERS = ("name", "schedule", "weight_decay_mode", "rules")
 _RULE_FIELDS = ("learning_rate", "weight_decay", "frozen")
+_NO_NUMBERS = ("name", "schedule", "weight_decay_mode", "rules")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +282,7 @@ def _chain(
 ) -> Transformation:
   """Returns steps 1 to 6 of the module's docstring, for the parameters that are trained."""
   mode = fields.get("weight_decay_mode") or kind.decay_mode
-  check_names("weight_decay_mode", [mode], _DECAY_MODES)
+  check_names("weight_decay_mode", [mode], ("l2", "decoupled", "fully_decoupled"))
   amount, base = float(fields.get("weight_decay") or 0.0), float(fields["learning_rate"])
   decay = {}
   if amount:  # optax.add_decayed_weights has one rate for all parameters
