@@ -1,8 +1,4 @@
-"""Logging services beside TensorBoard, of `config.logging`: Weights & Biases, MLflow, Comet.
-
-Their own variables select server, project and offline mode: `WANDB_MODE=offline`,
-`MLFLOW_TRACKING_URI=sqlite:///mlflow.db`, `COMET_START_ONLINE=False`.
-"""
+"""Logging services beside TensorBoard, of `config.logging`; see docs/guides/data.md."""
 
 import importlib.util
 import json

@@ -1,12 +1,9 @@
-"""Writes a run's metrics.jsonl, TensorBoard event files and figures (PNG).
+"""Writes a run's metrics.jsonl, TensorBoard event files, and figures (figures/<name>_<step>.png).
 
-    <workdir>/metrics.jsonl               a line for each write: {"step": 100, "train/loss": 0.5}
-    <workdir>/events.out.tfevents.*       the same for TensorBoard, with figures, text and hparams
-    <workdir>/figures/<name>_<step>.png   the newest and the best figure of each name
-
-NaN and infinities are strings in `metrics.jsonl`: "NaN", "Infinity", "-Infinity". A run that
-resumes removes the rows of later steps. Objects in a bucket (gs://...) cannot be appended to: files
-are written to a local directory, and uploaded by `flush`. `loggers` has the other services.
+A row of `metrics.jsonl` is `{"step": 100, "train/loss": 0.5}`; NaN and infinities are strings:
+"NaN", "Infinity", "-Infinity". A run that resumes removes the rows of later steps. Objects in a
+bucket (gs://...) cannot be appended to: files are written to a local directory, and uploaded by
+`flush`. `loggers` has the other services.
 """
 
 import concurrent.futures

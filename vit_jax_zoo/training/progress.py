@@ -24,11 +24,10 @@ _TERAFLOPS = {
   "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 149.7, "A30": 165,
   "A10G": 70, "A10": 125, "V100": 125, "T4": 65,
 }  # fmt: skip
-"""Peak dense bfloat16 TFLOP/s of a JAX device (float16 for V100 and T4, which lack bfloat16).
+"""Peak dense bfloat16 TFLOP/s of a JAX device (float16 for V100 and T4), from the data sheets.
 
 A device matches the longest name that `device.device_kind` contains as whole words: "L40" does not
-match "L4". From the vendors' data sheets; a TPU v2, v3 or 7x chip is two JAX devices, with half of
-the chip's peak each.
+match "L4". A TPU v2, v3 or 7x chip is two devices, with half of its peak each.
 """
 
 
