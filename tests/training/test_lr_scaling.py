@@ -91,7 +91,7 @@ def test_batch_size_flag_warns_for_every_optimizer_group():
   config = recipe("ttsr", "cufed,source=pairs:x")
   config.batch_size = 1
   found = advice_for(config)
-  assert {a.text.split("--config.")[1].split("=")[0] for a in found} == {
+  assert {text.split("--config.")[1].split("=")[0] for _, text in found} == {
     "optimizer.generator.learning_rate",
     "optimizer.discriminator.learning_rate",
   }
