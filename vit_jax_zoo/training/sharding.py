@@ -140,9 +140,7 @@ def specs_like_parameters(tree: Any, abstract_params: Any, specs: Any) -> Any:
 
 def named_shardings(specs: Any, mesh: Mesh) -> Any:
   """Binds a tree of PartitionSpecs to the mesh."""
-  return jax.tree.map(
-    lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
-  )
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def input_shard(mesh: Mesh, batch_size: int) -> tuple[int, int]:
