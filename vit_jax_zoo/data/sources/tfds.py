@@ -196,10 +196,10 @@ def _derived(
 
 
 def _derived_example(record: Record, _: int, *, image_key: str, rule: str) -> Example:
-  image, (key, _, label, image_scale) = record[image_key], RULES[rule]
-  if image_scale != 1:
-    image = images.decode_image(image) * np.uint8(image_scale)
-  return {"image": image, "label": label(record[key])}
+  image, found = record[image_key], RULES[rule]  # by name: lambdas cannot be pickled
+  if found.image_scale != 1:
+    image = images.decode_image(image) * np.uint8(found.image_scale)
+  return {"image": image, "label": found.label(record[found.key])}
 
 
 def _label_maps(features: Any, image: str | None, label: str | None) -> tuple[str, str] | None:
@@ -297,7 +297,7 @@ class _Writer(tfds.dataset_builders.AdhocBuilder, skip_registration=True):
 def write_dataset(
   name: str, features: Record, splits: RecordSplits, data_dir: str | os.PathLike, *, shuffle: bool
 ) -> pathlib.Path:
-  """Writes records as ArrayRecord, without TensorFlow and its output; returns the folder."""
+  """Writes records as ArrayRecord, without TensorFlow and TFDS's messages; returns the folder."""
   builder = _Writer(
     name=name,
     version="1.0.0",
