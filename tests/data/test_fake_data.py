@@ -4,6 +4,7 @@ import importlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vit_jax_zoo.data import fake_data as stand_in
 from vit_jax_zoo.data import pipeline
@@ -37,8 +38,7 @@ def test_missing_dataset_like_common_dataset():
 def test_existing_dataset_opened(tmp_path):
   for name in ("cat", "dog", "owl"):
     (tmp_path / "train" / name).mkdir(parents=True)
-    image = stand_in.make_example("label", 0, (20, 30))["image"]
-    (tmp_path / "train" / name / "1.png").write_bytes(image)
+    Image.new("RGB", (30, 20)).save(tmp_path / "train" / name / "1.png")
   source = stand_in.load(f"folder:{tmp_path}", "train")
   assert (len(source), source.info.num_classes, source.assumption) == (3, 3, "")
 

@@ -33,9 +33,7 @@ Shape: TypeAlias = tuple[int, int]  # height and width in pixels
 
 Transforms: TypeAlias = Sequence[Callable[[Example, np.random.Generator], Example]]
 
-BucketSpec: TypeAlias = (
-  int | Sequence[Sequence[int]]
-)  # a number to choose, or (height, width) pairs
+BucketSpec: TypeAlias = int | Sequence[Sequence[int]]  # a number, or (height, width) pairs
 
 WINDOW = 128  # batches sorted together
 SAMPLE = 10_000  # positions of a run from which buckets are chosen where only their number is given

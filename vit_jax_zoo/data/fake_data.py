@@ -4,11 +4,10 @@
 Other missing data are assumed to be like a common dataset of their kind, stated in `assumption`.
 """
 
-import dataclasses
 import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -16,17 +15,15 @@ from PIL import Image
 from vit_jax_zoo.data.sources import base, load_source, split_name
 from vit_jax_zoo.data.transforms.detection import objects_example
 
-Size = tuple[int, int]
-Maker = Callable[[int, Size], base.Example]  # from an index and a size
+Size: TypeAlias = tuple[int, int]  # height and width
 
 
-@dataclasses.dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
   """Metadata of a dataset."""
 
-  kind: str  # of its examples: label, objects, label_map or pair
+  kind: str  # of its examples: label, objects, segments (panoptic objects), label_map or pair
   splits: Mapping[str, int]  # number of examples in each
-  sizes: Sequence[Size]  # heights and widths, repeated by frequency; examples cycle through them
+  sizes: Sequence[Size]  # repeated by frequency; examples cycle through them
   num_classes: int | None = None
 
 
@@ -85,9 +82,10 @@ def load(name: str, split: str, **options: Any) -> base.Source:
       common = _COMMON.get(kind)
       assumption = f"{name} not found: assumed to be like {common or 'photographs of 1024x768'}"
       facts = _OWN_PAIRS if common is None else DATASETS[common]
-  make = functools.partial(make_example, facts.kind, panoptic=bool(options.get("panoptic")))
+  if facts.kind == "objects" and options.get("panoptic"):
+    facts = facts._replace(kind="segments")
   opened: dict[str, Callable[[], base.Source]] = {
-    part: functools.partial(FakeSource, f"{name} {part}", facts, count, make, assumption)
+    part: functools.partial(FakeSource, f"{name} {part}", facts, count, assumption)
     for part, count in facts.splits.items()
   }
   if "test" not in opened:
@@ -96,37 +94,32 @@ def load(name: str, split: str, **options: Any) -> base.Source:
 
 
 class FakeSource(base.Source):
-  """Black examples."""
+  """Black images, with one object as large as the image."""
 
-  def __init__(self, name: str, facts: Facts, count: int, make: Maker, assumption: str) -> None:
-    self.assumption = assumption
+  def __init__(self, name: str, facts: Facts, count: int, assumption: str) -> None:
     self.info = base.DatasetInfo(name, count, facts.num_classes)
-    self._sizes, self._make = tuple(facts.sizes), make
+    self.assumption, self._facts = assumption, facts
 
   def __getitem__(self, index: int) -> base.Example:
-    return self._make(index, self.image_size(index))
+    size = height, width = self.image_size(index)
+    image = _picture(size)
+    if self._facts.kind == "label":
+      return {"image": image, "label": 0}
+    if self._facts.kind == "label_map":
+      return {"image": image, "label_map": _picture(size, 1), "image_id": index}
+    if self._facts.kind == "pair":
+      return {"image": image, "reference": image}
+    box, area = [[0, 0, width, height]], [height * width]
+    example = objects_example(image, index, box, [1], is_crowd=[False], area=area, ids=[1])
+    if self._facts.kind == "segments":
+      return {**example, "segment_image": _picture(size, (1, 0, 0))}
+    return {**example, "outlines": [[[0, 0, width, 0, width, height, 0, height]]]}
 
   def example_name(self, index: int) -> str:
     return f"{super().example_name(index)}, fake"
 
   def image_size(self, index: int) -> Size:
-    return self._sizes[index % len(self._sizes)]
-
-
-def make_example(kind: str, index: int, size: Size, *, panoptic: bool = False) -> base.Example:
-  """Returns an example of a black image, with one object as large as the image."""
-  (height, width), image = size, _picture(size)
-  if kind == "label":
-    return {"image": image, "label": 0}
-  if kind == "label_map":
-    return {"image": image, "label_map": _picture(size, 1), "image_id": index}
-  if kind == "pair":
-    return {"image": image, "reference": image}
-  box, area = [[0, 0, width, height]], [height * width]
-  example = objects_example(image, index, box, [1], is_crowd=[False], area=area, ids=[1])
-  if panoptic:
-    return {**example, "segment_image": _picture(size, (1, 0, 0))}
-  return {**example, "outlines": [[[0, 0, width, 0, width, height, 0, height]]]}
+    return self._facts.sizes[index % len(self._facts.sizes)]
 
 
 @functools.lru_cache(maxsize=32)
