@@ -2,10 +2,12 @@
 
 import pickle
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax_zoo.metrics.classification import ClassificationEvaluator, is_correct
+from vit_jax_zoo.metrics.classification import ClassificationEvaluator
+from vit_jax_zoo.tasks.classification import is_correct
 
 
 def ranked(rng, rows, classes, ranks=5):
@@ -16,8 +18,10 @@ def ranked(rng, rows, classes, ranks=5):
 def examples():
   rng = np.random.default_rng(3)
   batch = {"label": rng.integers(0, 8, 40).astype(np.int32), "mask": rng.random(40) < 0.8}
-  predictions = {"labels": ranked(rng, 40, 8), "loss": rng.random(40).astype(np.float32)}
-  return batch, predictions
+  labels = ranked(rng, 40, 8)
+  correct = labels == batch["label"][:, None]
+  loss = rng.random(40).astype(np.float32)
+  return batch, {"labels": labels, "correct": correct, "loss": loss}
 
 
 def rows(tree, start, stop):
@@ -28,7 +32,9 @@ def test_scores_by_hand():
   evaluator = ClassificationEvaluator(4, per_class=True, class_names=["a", "b", "c", "d"])
   batch = {"label": np.array([0, 0, 1, 3]), "mask": np.array([True, True, True, False])}
   labels = np.array([[0, 1], [1, 0], [2, 3], [3, 0]])
-  evaluator.add(batch, {"labels": labels, "loss": np.array([1.0, 2.0, 6.0, 99.0])})
+  correct = labels == batch["label"][:, None]
+  loss = np.array([1.0, 2.0, 6.0, 99.0])
+  evaluator.add(batch, {"labels": labels, "correct": correct, "loss": loss})
   assert evaluator.result() == {
     "accuracy": 1 / 3,
     "top2_accuracy": 2 / 3,
@@ -73,6 +79,7 @@ def test_padding_not_counted(examples):
 def test_multilabel_accuracy_drops_unlabelled_rows():
   labels = np.array([[1, 0, 1], [0, 0, 0], [0, 1, 0]], np.float32)
   predictions = {"labels": np.array([[2], [0], [2]]), "loss": np.array([1.0, 50.0, 3.0])}
+  predictions["correct"] = np.array([[True], [False], [False]])
   evaluator = ClassificationEvaluator(3, per_class=True)
   evaluator.add({"label": labels}, predictions)
   scores = evaluator.result()
@@ -84,7 +91,7 @@ def test_multilabel_accuracy_drops_unlabelled_rows():
 
 def test_is_correct_mixed_labels_argmax():
   labels = np.array([[0.3, 0.7, 0.0]], np.float32)
-  hits = is_correct(labels, np.array([[1, 0, 2]]))
+  hits = is_correct(jnp.asarray(labels), jnp.array([[1, 0, 2]]))
   np.testing.assert_array_equal(hits, [[True, False, False]])
 
 

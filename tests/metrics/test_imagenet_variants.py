@@ -1,9 +1,11 @@
 """ImageNet-ReaL scores and class subsets, by hand."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vit_jax_zoo.metrics.classification import ClassificationEvaluator, score_rankings
+from vit_jax_zoo.tasks.classification import is_correct
 
 
 def multi_hot(rows, num_classes):
@@ -16,9 +18,9 @@ def test_real_any_label_unlabelled_skipped():
   scores = score_rankings(ranked, labels)
   assert scores == {"accuracy": pytest.approx(2 / 3), "images": 3, "classes": 5}
   evaluator = ClassificationEvaluator(5)  # the training evaluator uses the same rule
-  evaluator.add(
-    {"label": labels.astype(np.float32)}, {"labels": ranked[:, :1], "loss": np.zeros(4)}
-  )
+  weights, first = labels.astype(np.float32), ranked[:, :1]
+  correct = np.asarray(is_correct(jnp.asarray(weights), jnp.asarray(first)))
+  evaluator.add({"label": weights}, {"labels": first, "correct": correct, "loss": np.zeros(4)})
   result = evaluator.result()
   assert (result["accuracy"], result["images"]) == (pytest.approx(2 / 3), 3)
 

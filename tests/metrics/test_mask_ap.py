@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from vit_jax_zoo.metrics.mask_ap import InstanceEvaluator, original_masks
+from vit_jax_zoo.metrics.detection import InstanceEvaluator, original_masks
 
 SIDE = 40
 
@@ -68,7 +68,7 @@ def test_correct_boxes_with_correct_and_wrong_masks():
 
 
 def test_run_length_masks_and_duplicate_images():
-  from vit_jax_zoo.metrics.mask_ap import encode_masks
+  from vit_jax_zoo.metrics.detection import encode_masks
 
   scenes = [scene(seed) for seed in range(4)]
   expected = scored(scenes).result()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Int
 
 from vit_jax_zoo.errors import name_of
 from vit_jax_zoo.metrics.base import Evaluator, check_labels, real_rows
@@ -38,7 +38,7 @@ class ClassificationEvaluator(Evaluator):
     """Adds one batch; ValueError if a label is not one of the classes.
 
     `batch`: `label`, int [b] or multi-hot [b k], optional `mask` [b]. `predictions`: `labels` [b
-    r], best first, `loss` [b].
+    r], best first, `correct` [b r], `loss` [b].
     """
     labels = np.asarray(batch["label"])
     kept = real_rows(batch, len(labels))
@@ -53,7 +53,7 @@ class ClassificationEvaluator(Evaluator):
     self.images += len(labels)
     self.loss += float(np.sum(np.asarray(predictions["loss"], np.float64)[kept]))
     self.ranks = ranked.shape[1]
-    hits = is_correct(labels, ranked)
+    hits = np.asarray(predictions["correct"])[kept]
     self.hits.update(hits.argmax(axis=1)[hits.any(axis=1)].tolist())
     if self.per_class:
       all_rows = np.arange(len(labels))
@@ -89,16 +89,6 @@ class ClassificationEvaluator(Evaluator):
     accuracies = {label: self.pairs[label, label] / totals[label] for label in sorted(totals)}
     scores = {f"accuracy/{name_of(i, self.class_names)}": value for i, value in accuracies.items()}
     return {"mean_class_accuracy": sum(accuracies.values()) / len(accuracies)} | scores
-
-
-def is_correct(
-  labels: Shaped[np.ndarray, "b ..."], predictions: Int[np.ndarray, "b r"]
-) -> Bool[np.ndarray, "b r"]:
-  """Returns which predictions are the label [b], or have the largest weight of its row [b k]."""
-  if labels.ndim == 1:
-    return labels[:, None] == predictions
-  weights = np.take_along_axis(labels, predictions, axis=1)
-  return (weights > 0) & (weights == labels.max(axis=1, keepdims=True))
 
 
 def score_rankings(

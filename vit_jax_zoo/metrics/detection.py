@@ -1,31 +1,27 @@
-"""COCO's average precision and recall of boxes."""
+"""COCO's average precision of boxes and instance masks, and recall of boxes."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
+import cv2
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval.core import mask as run_lengths
+from jaxtyping import Bool
 
 from vit_jax_zoo.errors import name_of
 from vit_jax_zoo.metrics.base import Evaluator, check_labels, real_rows
+from vit_jax_zoo.ops.mask_paste import paste_masks
 
 
-@dataclasses.dataclass(frozen=True)
-class Image:
-  """Ground truth and detections of an image; boxes are left, top, width, height in pixels."""
+class Image(NamedTuple):
+  """Ground truth and detections of an image, as COCO's annotations and results without ids."""
 
   image_id: int | None
-  size: tuple[int, int]
-  boxes_xywh: Float[np.ndarray, "t 4"]
-  labels: Int[np.ndarray, " t"]
-  is_crowd: Bool[np.ndarray, " t"]
-  areas: Float[np.ndarray, " t"]
-  found_xywh: Float[np.ndarray, "q 4"]
-  found_labels: Int[np.ndarray, " q"]
-  scores: Float[np.ndarray, " q"]
-  true_masks: Sequence[dict[str, Any]] = ()  # run lengths, for mask AP
-  found_masks: Sequence[dict[str, Any]] = ()
+  size: tuple[int, int]  # height and width in pixels
+  truth: list[dict[str, Any]]
+  found: list[dict[str, Any]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -67,7 +63,7 @@ class DetectionEvaluator(Evaluator):
 
   def result(self) -> dict[str, float]:
     images = self._unique()
-    if all(image.is_crowd.all() for image in images):  # or no objects at all
+    if all(entry["iscrowd"] for image in images for entry in image.truth):  # or no objects at all
       raise ValueError(f"boxes_cxcywh: no ground truth in {len(images)} images; add annotations")
     run = self._evaluate("bbox", range(self.num_classes))
     scores = dict(zip(DetectionEvaluator.scores, map(float, run.stats), strict=False))
@@ -77,8 +73,6 @@ class DetectionEvaluator(Evaluator):
     return {k: v for k, v in scores.items() if v >= 0} | {"images": float(len(images))}
 
   def _evaluate(self, kind: Literal["bbox", "segm"], class_ids: Sequence[int]) -> Any:
-    from faster_coco_eval import COCO, COCOeval_faster  # here, so that training does not load it
-
     truth, found = self._as_coco(kind)
     truth = COCO(truth)
     # loadRes raises an error for an empty list.
@@ -101,18 +95,20 @@ class DetectionEvaluator(Evaluator):
     boxes = np.asarray(batch["boxes_cxcywh"][row])[real].astype(np.float64) * scale
     center, sides = np.split(boxes, 2, axis=1)
     low, high = np.split(np.asarray(predictions["boxes_xyxy"][row], np.float64), 2, axis=1)
-    crowd = np.asarray(batch["is_crowd"][row], bool)[real] if "is_crowd" in batch else None
-    areas = np.asarray(batch["area"][row], np.float64)[real] if "area" in batch else None
+    crowd, areas = np.zeros(len(labels), bool), sides.prod(axis=1)
+    if "is_crowd" in batch:
+      crowd = np.asarray(batch["is_crowd"][row], bool)[real]
+    if "area" in batch:
+      areas = np.asarray(batch["area"][row], np.float64)[real]
+    found_labels = np.asarray(predictions["labels"][row]).astype(np.int64)
+    scores = np.asarray(predictions["scores"][row], np.float64)
+    true_xywh = np.concatenate([center - sides / 2, sides], axis=1)
+    found_xywh = np.concatenate([low, high - low], axis=1)
     return Image(
-      image_id=int(batch["image_id"][row]) if "image_id" in batch else None,
-      size=size,
-      boxes_xywh=np.concatenate([center - sides / 2, sides], axis=1),
-      labels=labels,
-      is_crowd=np.zeros(len(labels), bool) if crowd is None else crowd,
-      areas=sides.prod(axis=1) if areas is None else areas,
-      found_xywh=np.concatenate([low, high - low], axis=1),
-      found_labels=np.asarray(predictions["labels"][row]).astype(np.int64),
-      scores=np.asarray(predictions["scores"][row], np.float64),
+      int(batch["image_id"][row]) if "image_id" in batch else None,
+      size,
+      _entries(category_id=labels, iscrowd=crowd.astype(int), area=areas, bbox=true_xywh),
+      _entries(category_id=found_labels, score=scores, bbox=found_xywh),
     )
 
   def _unique(self) -> list[Image]:
@@ -123,21 +119,22 @@ class DetectionEvaluator(Evaluator):
 
   def _as_coco(self, kind: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     sizes, truth, found = [], [], []
+    unused = "bbox" if kind == "segm" else "segmentation"
     for number, image in enumerate(self._unique(), start=1):
       sizes.append({"id": number, "height": image.size[0], "width": image.size[1]})
-      for i, label in enumerate(image.labels):
-        entry = {"id": len(truth) + 1, "image_id": number, "category_id": int(label)}
-        entry |= {"iscrowd": int(image.is_crowd[i]), "area": float(image.areas[i])}
-        masks = {"segmentation": image.true_masks[i]} if kind == "segm" else {}
-        truth.append({**entry, "bbox": image.boxes_xywh[i].tolist(), **masks})
-      for i, label in enumerate(image.found_labels):
-        entry = {"image_id": number, "category_id": int(label), "score": float(image.scores[i])}
-        if kind == "bbox":
-          found.append(entry | {"bbox": image.found_xywh[i].tolist()})
-        elif image.scores[i] > 0:
-          found.append(entry | {"segmentation": image.found_masks[i]})
+      for entry in image.truth:
+        truth.append({**entry, "id": len(truth) + 1, "image_id": number})
+      for entry in image.found:
+        if kind == "bbox" or entry["score"] > 0:
+          used = {key: value for key, value in entry.items() if key != unused}
+          found.append({**used, "image_id": number})
     categories = [{"id": i, "name": str(i)} for i in range(self.num_classes)]
     return {"images": sizes, "annotations": truth, "categories": categories}, found
+
+
+def _entries(**columns: np.ndarray) -> list[dict[str, Any]]:
+  rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+  return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def original_size(batch: Mapping[str, Any], row: int) -> tuple[int, int]:
@@ -145,3 +142,97 @@ def original_size(batch: Mapping[str, Any], row: int) -> tuple[int, int]:
   sizes = [batch[key][row] for key in ("original_size", "image_size") if key in batch]
   height, width = sizes[0] if sizes else batch["image"].shape[1:3]
   return int(height), int(width)
+
+
+_MASK_AP = tuple(name.replace("box", "mask") for name in DetectionEvaluator.scores[:6])
+
+
+@dataclasses.dataclass(eq=False)
+class InstanceEvaluator(DetectionEvaluator):
+  """Adds "mask_ap", "mask_ap50", "mask_ap75" and those by size to the box scores.
+
+  True masks are `run_lengths` uint8 [b l] (see `load_objects`), `segment_map` [b h w] of the
+  original image (target index of each pixel), or `masks` bool [b t h w] of the original size.
+  Predictions: `box_masks` [b q m m], see `ops.mask_paste`, with `is_object` [b q], False for
+  padding; or `mask_logits` [b q i j] of the padded image, one per query.
+  """
+
+  scores = (*_MASK_AP, *DetectionEvaluator.scores)
+
+  paste_convention: str = "exact"  # of `box_masks`, see `ops.mask_paste`
+  masks_below: int | None = None  # scores only masks of smaller class ids (things)
+
+  def _image(self, batch: Mapping[str, Any], predictions: Mapping[str, Any], row: int) -> Image:
+    image = super()._image(batch, predictions, row)
+    if "mask_logits" in predictions:
+      masks = original_masks(batch, predictions, row, image.size)
+      found = [encode_masks(mask[None])[0] for mask in masks]
+    else:
+      found = self._pasted(predictions, row, image.size)
+    both = (*_true_masks(batch, row, image.size), *found)
+    for entry, mask in zip((*image.truth, *image.found), both, strict=True):
+      entry["segmentation"] = mask
+    return image
+
+  def _pasted(self, predictions: Mapping[str, Any], row: int, size: tuple[int, int]) -> list[Any]:
+    real = np.asarray(predictions["is_object"][row], bool)
+    masks, boxes = (
+      np.asarray(predictions[key][row], np.float64)[real] for key in ("box_masks", "boxes_xyxy")
+    )
+    found = iter(encode_masks(paste_masks(masks, boxes, size, convention=self.paste_convention)))
+    empty = encode_masks(np.zeros((1, *size), bool))[0]
+    return [next(found) if is_object else empty for is_object in real]
+
+  def result(self) -> dict[str, float]:
+    scores = super().result()
+    stop = self.num_classes if self.masks_below is None else self.masks_below
+    masks = dict(zip(_MASK_AP, map(float, self._evaluate("segm", range(stop)).stats), strict=False))
+    return {k: v for k, v in masks.items() if v >= 0} | scores
+
+
+def original_masks(
+  batch: Mapping[str, Any], predictions: Mapping[str, Any], row: int, size: tuple[int, int]
+) -> Iterator[Bool[np.ndarray, "h w"]]:
+  """Yields each query's mask in the original image's pixels, resized as in the official code.
+
+  Bilinear to the padded image, thresholded at one half, cropped, then nearest neighbour with the
+  index rounded down. `mask_logits` is [b q i j], `row` the example, `size` the original image's.
+  """
+  padded = batch["image"].shape[1:3]
+  inner = batch["image_size"][row] if "image_size" in batch else padded
+  rows, columns = (
+    np.floor(np.arange(after, dtype=np.float32) * np.float32(int(before) / after)).astype(int)
+    for before, after in zip(inner, size, strict=True)
+  )
+  for logits in np.asarray(predictions["mask_logits"][row], np.float32):
+    large = cv2.resize(logits, (padded[1], padded[0]), interpolation=cv2.INTER_LINEAR)
+    yield (large > 0)[np.minimum(rows, inner[0] - 1)][:, np.minimum(columns, inner[1] - 1)]
+
+
+def _true_masks(batch: Mapping[str, Any], row: int, size: tuple[int, int]) -> list[dict[str, Any]]:
+  real = np.asarray(batch["is_target"][row], bool)
+  if "run_lengths" in batch:
+    lines = np.asarray(batch["run_lengths"][row], np.uint8).tobytes().rstrip(b"\0").split(b"\n")
+    counts = [line for line in lines if line]
+    if len(counts) != real.sum():
+      remedy = "drop no targets after load_objects in evaluation"
+      raise ValueError(f"run_lengths: {len(counts)} masks for {real.sum()} objects; {remedy}")
+    return [{"size": list(size), "counts": line.decode()} for line in counts]
+  if "segment_map" in batch:
+    segments = np.asarray(batch["segment_map"][row])[: size[0], : size[1]]
+    return [encode_masks((segments == number)[None])[0] for number in np.flatnonzero(real)]
+  if "masks" not in batch:
+    raise ValueError("masks: missing in the batch; set run_lengths of load_objects")
+  height, width = np.asarray(batch.get("image_size", [batch["image"].shape[1:3]] * (row + 1))[row])
+  if (height, width) != size:
+    problem = f"masks: {height}x{width} for an image of {size[0]}x{size[1]}"
+    raise ValueError(f"{problem}; expected the same size. Set run_lengths of load_objects")
+  return encode_masks(np.asarray(batch["masks"][row], bool)[real][:, :height, :width])
+
+
+def encode_masks(masks: Bool[np.ndarray, "n h w"]) -> list[dict[str, Any]]:
+  """Returns COCO's compressed run lengths of each mask: `size`, `counts` as text."""
+  if not len(masks):
+    return []
+  encoded = run_lengths.encode(np.asfortranarray(masks.transpose(1, 2, 0), np.uint8))
+  return [{"size": m["size"], "counts": m["counts"].decode()} for m in encoded]

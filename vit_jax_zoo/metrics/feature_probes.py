@@ -1,14 +1,7 @@
-"""Frozen-feature evaluations, by name.
-
-    linear      logistic regression by L-BFGS; regularisation selected on held-out images
-    linear_sgd  softmax regression by SGD; learning rate selected on held-out images
-    few_shot    ridge regression on a few images per class
-    knn         k nearest neighbours
+"""Frozen-feature evaluations: linear probes, few-shot ridge regression, k nearest neighbours.
 
 The linear probes are iGPT's (Chen et al., 2020, section 3.5), without augmentation, fitted to all
-images after selection. The layer is selected on held-out training images, too. `concatenate` also
-evaluates the concatenated layers around it (iGPT-XL's 15360 features are of five layers). With
-several views of test images, linear probes take a majority vote, others the first view.
+images after selection of a hyperparameter on held-out ones. The layer is selected on these, too.
 """
 
 import abc
@@ -59,9 +52,9 @@ class FeatureProbe(abc.ABC):
   """Base of all probes; see `PROBES` for their names."""
 
   title: ClassVar[str]
-  majority_vote: ClassVar[bool] = False  # over several views of a test image
+  majority_vote: ClassVar[bool] = False  # over several views of a test image; else the first one
 
-  # Also evaluate so many consecutive layers around the selected one, as "concatenated"; odd, or 0.
+  # Also evaluate so many layers around the selected one, as "concatenated"; odd, or 0 (iGPT-XL: 5).
   concatenate: int = 0
 
   def __post_init__(self) -> None:
@@ -87,7 +80,7 @@ class FeatureProbe(abc.ABC):
 
     found = {name: score([name]) for name in fit.features}
     if self.concatenate:
-      layers = [name for name in found if _is_layer(name)]
+      layers = [name for name in found if name.startswith("layer_")]
       found["concatenated"] = score(around(layers, choose_features(found), self.concatenate))
     return found
 
@@ -360,7 +353,7 @@ def hold_out(labels: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
 
 def choose_features(found: Mapping[str, FeatureScore]) -> str:
   """Returns the kind of feature to report: the best layer on held-out images, or "features"."""
-  layers = [name for name in found if _is_layer(name)]
+  layers = [name for name in found if name.startswith("layer_")]
   if not layers:
     return "features" if "features" in found else next(iter(found))
   return max(layers, key=lambda name: found[name].validation or 0.0)
@@ -376,10 +369,6 @@ def around(layers: Sequence[str], best: str, count: int) -> list[str]:
     raise ValueError(f"concatenate: {count}; expected at most the {len(layers)} layers")
   first = min(max(list(layers).index(best) - count // 2, 0), len(layers) - count)
   return list(layers[first : first + count])
-
-
-def _is_layer(name: str) -> bool:
-  return name.startswith("layer_")
 
 
 def by_layer(found: Mapping[str, Any]) -> dict[str, Float[np.ndarray, "b _"]]:

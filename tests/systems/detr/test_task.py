@@ -12,8 +12,7 @@ from tests.systems.detr.tiny import Echo, TinyDetector
 from tests.variables import random_variables
 from vit_jax_zoo.config import rename_fields
 from vit_jax_zoo.data.sources.base import DatasetInfo
-from vit_jax_zoo.metrics.detection import DetectionEvaluator
-from vit_jax_zoo.metrics.mask_ap import InstanceEvaluator
+from vit_jax_zoo.metrics.detection import DetectionEvaluator, InstanceEvaluator
 from vit_jax_zoo.systems.detr.losses import mask_losses
 from vit_jax_zoo.systems.detr.panoptic import PanopticEvaluator
 from vit_jax_zoo.tasks import create_task

@@ -14,8 +14,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 
 from vit_jax_zoo.metrics.base import real_rows
-from vit_jax_zoo.metrics.detection import original_size
-from vit_jax_zoo.metrics.mask_ap import InstanceEvaluator
+from vit_jax_zoo.metrics.detection import InstanceEvaluator, original_size
 
 VOID = -1
 SCORE_THRESHOLD = 0.85  # section 4.4

@@ -20,7 +20,7 @@ from vit_jax_zoo.inference.base import (
   pad_example,
 )
 from vit_jax_zoo.inference.coco_json import box_annotation
-from vit_jax_zoo.metrics.mask_ap import encode_masks, original_masks
+from vit_jax_zoo.metrics.detection import encode_masks, original_masks
 from vit_jax_zoo.systems.detr.figures import draw_query_attention, paint_segments
 from vit_jax_zoo.systems.detr.panoptic import Segmentation, found_segments
 

@@ -20,7 +20,7 @@ from vit_jax_zoo.inference.base import (
   pad_example,
 )
 from vit_jax_zoo.inference.coco_json import box_annotation
-from vit_jax_zoo.metrics.mask_ap import encode_masks
+from vit_jax_zoo.metrics.detection import encode_masks
 from vit_jax_zoo.ops.mask_paste import paste_masks
 
 

@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.figures import detection as draw
-from vit_jax_zoo.metrics.detection import DetectionEvaluator
-from vit_jax_zoo.metrics.mask_ap import InstanceEvaluator
+from vit_jax_zoo.metrics.detection import DetectionEvaluator, InstanceEvaluator
 from vit_jax_zoo.ops.boxes import cxcywh_to_xyxy, pairwise_iou
 from vit_jax_zoo.ops.checks import check_fractions, check_not_negative, check_positive
 from vit_jax_zoo.ops.images import normalize_images
