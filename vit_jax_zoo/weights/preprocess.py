@@ -9,9 +9,8 @@ from jaxtyping import Bool, Float, Num, Shaped, UInt8
 from PIL import Image
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
-from vit_jax_zoo.data.images import bounded_size
+from vit_jax_zoo.data.images import METHODS, bounded_size, tf_resize
 from vit_jax_zoo.data.images import resize as cv2_resize
-from vit_jax_zoo.data.resize import METHODS, tf_resize
 from vit_jax_zoo.errors import check_names
 
 _NAMES = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
@@ -19,7 +18,7 @@ PILLOW_FILTERS = {name: Image.Resampling[name.upper()] for name in _NAMES}
 """Pillow's filters, antialiased and rounded to uint8, by timm's names."""
 
 INTERPOLATIONS = (*(f"tf_{name}" for name in METHODS), "opencv", *PILLOW_FILTERS)
-"""TensorFlow's (`data.resize`), `data.images.resize`, and Pillow's."""
+"""TensorFlow's (`data.images.tf_resize`), `data.images.resize`, and Pillow's."""
 FITS = ("squash", "crop", "shorter_side", "inside", "none")
 ROUNDINGS = ("side", "ratio", "floor", "nearest")
 

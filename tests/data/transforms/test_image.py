@@ -6,7 +6,6 @@ from PIL import Image
 
 from tests.data.images import encode, photo
 from vit_jax_zoo.data import images, transforms
-from vit_jax_zoo.data import resize as tf_resize
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.data.transforms.image import _decode_for, sample_distorted_box
 
@@ -67,24 +66,24 @@ class TestReferencePipelines:
 
 
 class TestTfResize:
-  @pytest.mark.parametrize("method", tf_resize.METHODS)
+  @pytest.mark.parametrize("method", images.METHODS)
   @pytest.mark.parametrize("size", [(7, 9), (31, 20), (50, 80), (13, 70)])
   def test_shape_dtype_and_content(self, method, size):
     image = photo(31, 40).astype(np.float32)
-    resized = tf_resize.tf_resize(image, *size, method)
+    resized = images.tf_resize(image, *size, method)
     assert resized.shape == (*size, 3)
     assert resized.dtype == np.float32
     smooth = np.asarray(Image.fromarray(photo(31, 40)).resize(size[::-1], Image.Resampling.BOX))
     assert np.abs(resized - smooth).mean() < 12
 
-  @pytest.mark.parametrize("method", tf_resize.METHODS)
+  @pytest.mark.parametrize("method", images.METHODS)
   def test_same_size_identity(self, method):
     image = photo(20, 30)
-    np.testing.assert_allclose(tf_resize.tf_resize(image, 20, 30, method), image, atol=1e-4)
+    np.testing.assert_allclose(images.tf_resize(image, 20, 30, method), image, atol=1e-4)
 
   def test_antialias_close_to_pillow(self):
     image = photo(90, 120)
-    ours = tf_resize.tf_resize(image, 20, 30, "antialias")
+    ours = images.tf_resize(image, 20, 30, "antialias")
     pillow = np.asarray(Image.fromarray(image).resize((30, 20), Image.Resampling.BILINEAR))
     assert np.abs(ours - pillow).max() < 1.1
 

@@ -100,7 +100,11 @@ class LoadObjects(TargetTransform):
       example = self._add_segments(example, np.ascontiguousarray(orient(segments, turn)))
     elif outlines is not None and (self.masks or self.run_lengths is not None):
       example = self._add_outlines(example, outlines, turn, stored)
-    example = example if self.as_annotated else _trainable(example, size)
+    if not self.as_annotated:
+      example["boxes_xyxy"] = _clip(example["boxes_xyxy"], *size)
+      good, is_crowd = _has_area(example["boxes_xyxy"]), example["is_crowd"]
+      _log_left_out(example, ~good & ~is_crowd, "has a box without area in the image")
+      example = keep_objects(example, good & ~is_crowd)
     example.pop("file_image_id", None)
     return example
 
@@ -115,10 +119,7 @@ class LoadObjects(TargetTransform):
     if self.segment_map:
       example["segment_map"] = segments
     if self.masks or self.run_lengths is not None:
-      masks = segments == np.arange(len(example["labels"]))[:, None, None]
-      example |= {"masks": masks} if self.masks else {}
-      if self.run_lengths is not None:
-        example["run_lengths"] = _lines(_encode(masks), self.run_lengths)
+      self._add_masks(example, segments == np.arange(len(example["labels"]))[:, None, None])
     return example
 
   def _add_outlines(self, example: Example, outlines: Any, turn: int, stored: Size) -> Example:
@@ -127,16 +128,17 @@ class LoadObjects(TargetTransform):
     exist = np.array([run_lengths.area(code) > 0 for code in encoded], bool)
     _log_left_out(example, ~exist, "has an outline without a pixel in the image")
     example, encoded = keep_objects(example, exist), list(itertools.compress(encoded, exist))
-    if self.masks or turn != 1:
-      masks = np.zeros((len(encoded), *stored), bool)
-      for mask, code in zip(masks, encoded, strict=True):
-        mask[:] = run_lengths.decode(code)
-      masks = np.ascontiguousarray(orient(masks, turn, (1, 2)))
-      encoded = encoded if turn == 1 else _encode(masks)
-      example |= {"masks": masks} if self.masks else {}
-    if self.run_lengths is not None:
-      example["run_lengths"] = _lines(encoded, self.run_lengths)
+    masks = np.zeros((len(encoded), *stored), bool)
+    for mask, code in zip(masks, encoded, strict=True):
+      mask[:] = run_lengths.decode(code)
+    self._add_masks(example, np.ascontiguousarray(orient(masks, turn, (1, 2))))
     return example
+
+  def _add_masks(self, example: Example, masks: Bool[np.ndarray, "n h w"]) -> None:
+    if self.masks:
+      example["masks"] = masks
+    if self.run_lengths is not None:
+      example["run_lengths"] = _lines(_encode(masks), self.run_lengths)
 
   def _check_fields(self, outlines: Any, png: bytes | None) -> None:
     if (self.masks or self.run_lengths is not None) and outlines is None and png is None:
@@ -154,13 +156,6 @@ def _check_size(annotated: Sequence[int], stored: Size) -> None:
     expected = f"{annotated[0]}x{annotated[1]}{hint if tuple(annotated) == stored[::-1] else ''}"
     size = f"{stored[0]}x{stored[1]} pixels (height x width)"
     raise CorruptExampleError(f"the image is {size}, its annotations are for {expected}")
-
-
-def _trainable(example: Example, size: Size) -> Example:
-  example["boxes_xyxy"] = _clip(example["boxes_xyxy"], *size)
-  good = _has_area(example["boxes_xyxy"])
-  _log_left_out(example, ~good & ~example["is_crowd"], "has a box without area in the image")
-  return keep_objects(example, good & ~example["is_crowd"])
 
 
 def _log_left_out(example: Example, which: Bool[np.ndarray, " n"], reason: str) -> None:

@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 
 from vit_jax_zoo.data import images
-from vit_jax_zoo.data import resize as tf_resize
 from vit_jax_zoo.data.sources.base import Example, Source
 from vit_jax_zoo.data.transforms import ImageTransform, TargetTransform, Transform, pixels
 from vit_jax_zoo.errors import check_names
@@ -172,14 +171,14 @@ class Resize(ImageTransform):
   dtype: str = "uint8"  # drops the fraction, as big_vision's tf.cast; "float32" keeps it
 
   def __post_init__(self) -> None:
-    check_names("resize method", [self.method], tf_resize.METHODS)
+    check_names("resize method", [self.method], images.METHODS)
     check_names("pixel type", [self.dtype], ("uint8", "float32"))
 
   def apply(self, image: np.ndarray, _: np.random.Generator) -> np.ndarray:
     return self._resized(image, *height_width(self.size))
 
   def _resized(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
-    resized = tf_resize.tf_resize(image, height, width, self.method)
+    resized = images.tf_resize(image, height, width, self.method)
     return np.clip(resized, 0, 255).astype(np.uint8) if self.dtype == "uint8" else resized
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from vit_jax_zoo.data.images import Pixels
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example
 from vit_jax_zoo.data.transforms import Transform, pixels
+from vit_jax_zoo.data.transforms.image import Size, height_width
 
 SCALE = 4  # ratio of the sides of output and input
 Resized: TypeAlias = UInt8[np.ndarray, "H W 3"]  # `Pixels` of another size than the argument
@@ -87,32 +88,30 @@ class RandomPairCrop(Transform):
   padded with black at the right and bottom, so that all crops have the same size.
   """
 
-  size: int | Sequence[int]  # of the image's crop; multiples of 4
-  margin: int | Sequence[int] = 0  # of the reference's crop on each side; multiples of 2
+  size: Size  # of the image's crop; multiples of 4
+  margin: Size = 0  # of the reference's crop on each side; multiples of 2
 
   def __post_init__(self) -> None:
     self.check("size", _are_multiples(self.size), f"positive multiples of {SCALE}")
-    ok = all(margin >= 0 and margin % 2 == 0 for margin in _pair(self.margin))
+    ok = all(margin >= 0 and margin % 2 == 0 for margin in height_width(self.margin))
     self.check("margin", ok, "multiples of 2, at least 0")
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
     image, reference = (pixels(example[key]) for key in ("image", "reference"))
-    size, margin = _pair(self.size), _pair(self.margin)
+    size, margin = height_width(self.size), height_width(self.margin)
     if image.shape[0] < size[0] or image.shape[1] < size[1]:
       found = f"{size[0]}x{size[1]} is larger than an image of {_sides(image)}"
       raise ValueError(f"size: {found}; set a smaller one")
     window = (size[0] + 2 * margin[0], size[1] + 2 * margin[1])
-    corner = [int(rng.integers(image.shape[i] - size[i], endpoint=True)) for i in (0, 1)]
-    other = []
+    crops = []  # by axis: of the image, and of the reference
     for axis in (0, 1):
-      middle = (corner[axis] + size[axis] / 2) * reference.shape[axis] / image.shape[axis]
+      start = int(rng.integers(image.shape[axis] - size[axis], endpoint=True))
+      middle = (start + size[axis] / 2) * reference.shape[axis] / image.shape[axis]
       room = max(reference.shape[axis] - window[axis], 0)
-      other.append(min(max(round(middle - window[axis] / 2), 0), room))
-    return {
-      **example,
-      "image": _crop(image, corner, size),
-      "reference": _pad(_crop(reference, other, window), window, "margin"),
-    }
+      other = min(max(round(middle - window[axis] / 2), 0), room)
+      crops.append((slice(start, start + size[axis]), slice(other, other + window[axis])))
+    own, others = zip(*crops, strict=True)
+    return {**example, "image": image[own], "reference": _pad(reference[others], window, "margin")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,15 +147,15 @@ class PadPair(Transform):
   published scores are measured without padding, one image per batch.
   """
 
-  size: int | Sequence[int]  # of the padded `image`; multiples of 4
-  reference_size: int | Sequence[int]  # of the padded reference; multiples of 4
+  size: Size  # of the padded `image`; multiples of 4
+  reference_size: Size  # of the padded reference; multiples of 4
 
   def __post_init__(self) -> None:
     for field in ("size", "reference_size"):
       self.check(field, _are_multiples(getattr(self, field)), f"multiples of {SCALE}")
 
   def __call__(self, example: Example, _: np.random.Generator) -> Example:
-    large, reference = _pair(self.size), _pair(self.reference_size)
+    large, reference = height_width(self.size), height_width(self.reference_size)
     sizes = dict.fromkeys(("image", "upsampled_image"), large)
     sizes["low_res_image"] = (large[0] // SCALE, large[1] // SCALE)
     sizes |= dict.fromkeys(REFERENCES, reference)
@@ -191,17 +190,8 @@ def _pad(image: Pixels, size: tuple[int, int], what: str) -> Resized:
   return np.pad(image, ((0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0)))
 
 
-def _crop(image: Pixels, corner: Sequence[int], size: Sequence[int]) -> Resized:
-  top, left = corner
-  return image[top : top + size[0], left : left + size[1]]
-
-
-def _are_multiples(size: int | Sequence[int]) -> bool:
-  return all(side >= SCALE and side % SCALE == 0 for side in _pair(size))
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-  return (value, value) if isinstance(value, int) else (value[0], value[1])
+def _are_multiples(size: Size) -> bool:
+  return all(side >= SCALE and side % SCALE == 0 for side in height_width(size))
 
 
 def _sides(image: Pixels) -> str:
