@@ -14,12 +14,12 @@ same plan without reading an image:
   images, and so are the scores.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -87,22 +87,18 @@ def choose_buckets(sizes: Int[np.ndarray, "n 2"], count: int) -> tuple[Shape, ..
 def source_sizes(source: Source) -> Int[np.ndarray, "n 2"]:
   """Returns height and width of all images, from headers if necessary; (1, 1) if unreadable."""
 
-  def read(indices: range) -> list[Shape]:
-    sizes = []
-    for index in indices:
-      try:
-        sizes.append(source.image_size(index))
-      except (CorruptExampleError, OSError):
-        sizes.append((1, 1))
-    return sizes
+  def read(index: int) -> Shape:
+    try:
+      return source.image_size(index)
+    except (CorruptExampleError, OSError):
+      return 1, 1
 
-  count, at_once, start = len(source), 1024, time.monotonic()
-  parts = [range(i, min(i + at_once, count)) for i in range(0, count, at_once)]
-  with concurrent.futures.ThreadPoolExecutor() as threads:
-    sizes = [size for part in threads.map(read, parts) for size in part]
+  start = time.monotonic()
+  with ThreadPool(16) as threads:
+    sizes = threads.map(read, range(len(source)), chunksize=1024)
   if (seconds := time.monotonic() - start) > 5:
-    logging.info("read the sizes of %d images of %s in %.0f s", count, source.info.name, seconds)
-  return np.array(sizes, np.int32).reshape(count, 2)
+    logging.info("read %d images' sizes of %s in %.0f s", len(sizes), source.info.name, seconds)
+  return np.array(sizes, np.int32).reshape(-1, 2)
 
 
 class PaddedShape(NamedTuple):

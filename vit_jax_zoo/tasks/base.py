@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.metrics.base import Evaluator as Evaluator
@@ -207,3 +207,31 @@ def example_mask(batch: Batch) -> Array:
   if "mask" in batch:
     return jnp.asarray(batch["mask"], dtype=bool)
   return jnp.ones(next(iter(batch.values())).shape[0], dtype=bool)
+
+
+def image_size(batch: Batch) -> Int[Array, "b 2"]:
+  """Returns height and width of every image without its padding."""
+  if "image_size" in batch:
+    return jnp.asarray(batch["image_size"])
+  shape = jnp.asarray(batch["image"].shape[1:3], jnp.int32)
+  return jnp.broadcast_to(shape, (batch["image"].shape[0], 2))
+
+
+def pixel_mask(batch: Batch) -> Bool[Array, "b h w"]:
+  """Returns True at the pixels of an image, False in its padding."""
+  height, width = batch["image"].shape[1:3]
+  size = image_size(batch)[:, :, None]
+  rows = jnp.arange(height, dtype=size.dtype)[None] < size[:, 0]
+  columns = jnp.arange(width, dtype=size.dtype)[None] < size[:, 1]
+  return rows[:, :, None] & columns[:, None, :]
+
+
+def is_target(batch: Batch) -> Bool[Array, "b t"]:
+  """Returns True for targets, False for padding, also in padding rows."""
+  return jnp.asarray(batch["is_target"]).astype(bool) & example_mask(batch)[:, None]
+
+
+def target_boxes(batch: Batch) -> Float[Array, "b t 4"]:
+  """Returns the targets' boxes, and 0.5 in padding, whose values are undefined."""
+  boxes = jnp.asarray(batch["boxes_cxcywh"], jnp.float32)
+  return jnp.where(is_target(batch)[..., None], boxes, 0.5)

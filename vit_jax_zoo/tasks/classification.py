@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from vit_jax_zoo.metrics.classification import ClassificationEvaluator
 from vit_jax_zoo.ops.checks import check_fractions, check_not_negative, check_positive, check_rates
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.tasks import base
+
+Weights: TypeAlias = tuple[Float[Array, " n"], Float[Array, "n h w"]]  # of labels and of pixels
 
 OBJECTIVES = ("softmax", "sigmoid")
 
@@ -160,7 +162,10 @@ class Classification(base.Task):
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
     images, labels = np.asarray(batch["image"]), np.asarray(batch["label"])
     if self.mixes:
-      images, labels = self._mixed_pixels(images, labels)
+      images, labels = jnp.asarray(images[:_DRAWN], jnp.float32), jnp.asarray(labels[:_DRAWN])
+      mask, rng = jnp.ones(len(images), bool), jax.random.key(0)
+      mixed = mix_examples(images, self._targets(labels, mask), mask, rng, self, len(images))
+      images, labels = map(np.asarray, mixed)
     return {"batch": draw.draw_batch(images, labels, self.class_names)}
 
   def figures(self, batch: base.Batch, predictions: base.Predictions) -> dict[str, Figure]:
@@ -178,14 +183,6 @@ class Classification(base.Task):
   def mixes(self) -> bool:
     """Whether mixup or CutMix is on."""
     return bool(self.mixup_alpha or self.cutmix_alpha) and self.mix_probability > 0
-
-  def _mixed_pixels(self, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = images[:_DRAWN], labels[:_DRAWN]
-    mask, pixels = jnp.ones(len(images), bool), jnp.asarray(images, jnp.float32)
-    targets = self._targets(jnp.asarray(labels), mask)
-    rng = jax.random.key(0)
-    mixed, targets = mix_examples(pixels, targets, mask, rng, self, len(images))
-    return np.asarray(mixed), np.asarray(targets)
 
   @property
   def _ranks(self) -> int:
@@ -259,9 +256,7 @@ def mix_examples(
   return mixed, targets * fractions[:, None] + other_targets * (1 - fractions[:, None])
 
 
-def _draw(
-  rng: jax.Array, draws: int, size: tuple[int, int], task: Classification
-) -> tuple[Float[Array, " n"], Float[Array, "n h w"]]:
+def _draw(rng: jax.Array, draws: int, size: tuple[int, int], task: Classification) -> Weights:
   """Samples weights of an example in its label and in each of its pixels."""
   kind_rng, mix_rng, mixup_rng, cutmix_rng = jax.random.split(rng, 4)
   ones = jnp.ones((draws, *size), jnp.float32)
@@ -281,9 +276,7 @@ def _draw(
   return jnp.where(mixed, fractions, 1.0), jnp.where(mixed[:, None, None], pixels, 1.0)
 
 
-def _cut(
-  rng: jax.Array, alpha: float | int, draws: int, size: tuple[int, int]
-) -> tuple[Float[Array, " n"], Float[Array, "n h w"]]:
+def _cut(rng: jax.Array, alpha: float | int, draws: int, size: tuple[int, int]) -> Weights:
   """Samples boxes for the neighbour: the fraction outside each, and a mask of the outside."""
   area_rng, row_rng, column_rng = jax.random.split(rng, 3)
   side = jnp.sqrt(1 - jax.random.beta(area_rng, alpha, alpha, (draws,)))

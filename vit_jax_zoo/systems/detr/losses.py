@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vit_jax_zoo.ops.boxes import cxcywh_to_xyxy, generalized_iou, pairwise_generalized_iou
 from vit_jax_zoo.tasks import base
-from vit_jax_zoo.tasks.detection_utils import image_size, is_target, target_boxes
+from vit_jax_zoo.tasks.base import image_size, is_target, target_boxes
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # arXiv:1708.02002
 

@@ -21,7 +21,7 @@ from vit_jax_zoo.systems.detr import losses, panoptic
 from vit_jax_zoo.systems.detr.figures import draw_query_attention, draw_segments
 from vit_jax_zoo.systems.detr.matching import Matching, match
 from vit_jax_zoo.tasks import base
-from vit_jax_zoo.tasks.detection_utils import image_size, is_target, pixel_mask, target_boxes
+from vit_jax_zoo.tasks.base import image_size, is_target, pixel_mask, target_boxes
 
 
 @dataclasses.dataclass(frozen=True)

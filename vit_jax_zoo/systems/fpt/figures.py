@@ -15,7 +15,7 @@ from vit_jax_zoo.figures.canvas import add_color_bar, heat_map
 from vit_jax_zoo.figures.detection import COLORS, grid, image_of, real_rows, show
 from vit_jax_zoo.ops.images import pad_images
 from vit_jax_zoo.tasks import base
-from vit_jax_zoo.tasks.detection_utils import image_size
+from vit_jax_zoo.tasks.base import image_size
 
 IGNORE = 255  # label of ignored pixels
 MAX_ROWS = 4  # maximum number of images with label maps

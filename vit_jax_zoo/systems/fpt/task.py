@@ -20,8 +20,7 @@ from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.systems.fpt import figures as draw
 from vit_jax_zoo.systems.fpt.figures import IGNORE
 from vit_jax_zoo.tasks import base
-from vit_jax_zoo.tasks.base import Batch, LossContext, LossOutput, Variables
-from vit_jax_zoo.tasks.detection_utils import pixel_mask
+from vit_jax_zoo.tasks.base import Batch, LossContext, LossOutput, Variables, pixel_mask
 
 
 @dataclasses.dataclass(frozen=True)

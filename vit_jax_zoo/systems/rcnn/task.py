@@ -31,7 +31,7 @@ from vit_jax_zoo.systems.rcnn.boxes import (
 )
 from vit_jax_zoo.systems.rcnn.roi_align import crop_masks
 from vit_jax_zoo.tasks import base
-from vit_jax_zoo.tasks.detection_utils import image_size, is_target
+from vit_jax_zoo.tasks.base import image_size, is_target
 
 
 class Targets(NamedTuple):
