@@ -150,15 +150,11 @@ def eval_batches(  # noqa: PLR0913
   on_corrupt: str = "error",
   buckets: BucketSpec | None = None,
 ) -> "EvalBatches":
-  """Returns this host's batches of one pass over the source.
-
-  In the order of the source; with `buckets`, in the order of the shapes, then of the source.
+  """Returns this host's batches of one pass over the source, with `buckets` shape by shape.
 
   Every host has the same number of batches, all of the same size; `mask` (bool [b]) is False for
-  the zeros that pad the last batch, and with `on_corrupt="skip"` for corrupt images.
-
-  The result has a length; each `iter()` starts at the first batch. Arguments and errors are those
-  of `train_batches`; random transforms draw the same numbers in every evaluation.
+  the zeros that pad the last batch, and with `on_corrupt="skip"` for corrupt images. Arguments and
+  errors are those of `train_batches`; random transforms draw the same numbers in every evaluation.
   """
   transforms = _for_source(transforms, source)
   loader = Loader(source, transforms, num_classes, on_corrupt, replace=False)

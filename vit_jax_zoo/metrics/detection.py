@@ -232,7 +232,5 @@ def _true_masks(batch: Mapping[str, Any], row: int, size: tuple[int, int]) -> li
 
 def encode_masks(masks: Bool[np.ndarray, "n h w"]) -> list[dict[str, Any]]:
   """Returns COCO's compressed run lengths of each mask: `size`, `counts` as text."""
-  if not len(masks):
-    return []
   encoded = run_lengths.encode(np.asfortranarray(masks.transpose(1, 2, 0), np.uint8))
   return [{"size": m["size"], "counts": m["counts"].decode()} for m in encoded]

@@ -128,9 +128,7 @@ class LoadObjects(TargetTransform):
     exist = np.array([run_lengths.area(code) > 0 for code in encoded], bool)
     _log_left_out(example, ~exist, "has an outline without a pixel in the image")
     example, encoded = keep_objects(example, exist), list(itertools.compress(encoded, exist))
-    masks = np.zeros((len(encoded), *stored), bool)
-    for mask, code in zip(masks, encoded, strict=True):
-      mask[:] = run_lengths.decode(code)
+    masks = np.array([run_lengths.decode(code) for code in encoded], bool).reshape(-1, *stored)
     self._add_masks(example, np.ascontiguousarray(orient(masks, turn, (1, 2))))
     return example
 
@@ -138,7 +136,8 @@ class LoadObjects(TargetTransform):
     if self.masks:
       example["masks"] = masks
     if self.run_lengths is not None:
-      example["run_lengths"] = _lines(_encode(masks), self.run_lengths)
+      encoded: Any = run_lengths.encode(np.asfortranarray(masks.transpose(1, 2, 0), np.uint8))
+      example["run_lengths"] = _lines(encoded, self.run_lengths)
 
   def _check_fields(self, outlines: Any, png: bytes | None) -> None:
     if (self.masks or self.run_lengths is not None) and outlines is None and png is None:
@@ -227,19 +226,13 @@ def _encode_outline(outline: Any, height: int, width: int) -> Any:
       return {**outline, "counts": counts.encode() if isinstance(counts, str) else counts}
     polygons = [polygon for polygon in outline if len(polygon) >= 6]
     if not polygons:
-      return _encode(np.zeros((1, height, width), bool))[0]
+      return run_lengths.encode(np.zeros((height, width), np.uint8, order="F"))
     parts: Any = run_lengths.frPyObjects(polygons, height, width)
     return run_lengths.merge(parts)
+  except CorruptExampleError:
+    raise
   except (KeyError, TypeError, ValueError, RuntimeError) as error:
-    if isinstance(error, CorruptExampleError):
-      raise
     raise CorruptExampleError(f"an outline cannot be read ({error})") from error
-
-
-def _encode(masks: Bool[np.ndarray, "n h w"]) -> Any:
-  if not len(masks):
-    return []
-  return run_lengths.encode(np.asfortranarray(masks.transpose(1, 2, 0), np.uint8))
 
 
 def _lines(encoded: Sequence[dict[str, Any]], length: int) -> np.ndarray:
@@ -257,11 +250,9 @@ def keep_objects(example: Example, keep: Bool[np.ndarray, " n"]) -> Example:
     return example
   selected = {key: example[key][keep] for key in _PER_OBJECT if key in example}
   if "run_lengths" in example:
-    lines = example["run_lengths"].tobytes().rstrip(b"\0").splitlines(keepends=True)
-    data = b"".join(itertools.compress(lines, keep))
-    selected["run_lengths"] = np.frombuffer(
-      data.ljust(len(example["run_lengths"]), b"\0"), np.uint8
-    )
+    text = example["run_lengths"].tobytes()
+    kept = b"".join(itertools.compress(text.rstrip(b"\0").splitlines(keepends=True), keep))
+    selected["run_lengths"] = np.frombuffer(kept.ljust(len(text), b"\0"), np.uint8)
   return example | selected
 
 
