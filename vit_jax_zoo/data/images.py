@@ -18,7 +18,6 @@ from jaxtyping import Float32, Int, Shaped, UInt8
 from PIL import Image, ImageCms, ImageOps
 
 from vit_jax_zoo.data.sources.base import CorruptExampleError
-from vit_jax_zoo.errors import unknown_name
 
 try:
   import simplejpeg
@@ -228,7 +227,7 @@ def _decode_fast(data: bytes, reduce: int, rows: int | None) -> Pixels | None:
     if to_srgb is not None and header.channels == 1:
       return None
     turn = header.orientation
-    pixels = decode_rows(data, rows if turn == 1 else None) if reduce == 1 else None
+    pixels = decode_rows(data, header, rows if turn == 1 else None) if reduce == 1 else None
   elif not (data.startswith(_PNG_START) and data.endswith(_PNG_END) and _is_plain_png(data)):
     return None
   if pixels is None:
@@ -252,17 +251,13 @@ def _is_plain_png(data: bytes) -> bool:
   return opaque and small and bits <= 8 and not any(extra in data for extra in _PNG_EXTRAS)
 
 
-def decode_rows(data: bytes, rows: int | None = None) -> Pixels | None:
-  """Decodes the topmost `rows` of a complete JPEG file (default: all), as stored.
+def decode_rows(data: bytes, header: JpegHeader, rows: int | None = None) -> Pixels | None:
+  """Decodes the topmost `rows` of a complete gray or RGB JPEG file (default: all), as stored.
 
-  Returns exactly the pixels of OpenCV and Pillow, maybe with rows below; None for files that need
-  another decoder (progressive, CMYK or damaged), or without simplejpeg. Accepts a file without its
-  end.
+  Returns exactly the pixels of OpenCV and Pillow, maybe with rows below; None for progressive and
+  damaged files, or without simplejpeg. Accepts a file without its end.
   """
-  header = read_jpeg_header(data)
-  if simplejpeg is None or header is None or not header.sequential:
-    return None
-  if header.channels not in (1, 3):
+  if simplejpeg is None or not header.sequential:
     return None
   source: bytes | bytearray = data
   # Chroma of half the resolution is interpolated from two rows below.
@@ -425,13 +420,11 @@ def tf_resize(
   if method == "antialias":
     rows = _weighted_sum(image, *_triangle(image.shape[0], height), axis=0)
     return _weighted_sum(rows, *_triangle(image.shape[1], width), axis=1)
-  if method == "area":
-    columns = _weighted_sum(image, *_cover(image.shape[1], width), axis=1)
-    total = _weighted_sum(columns, *_cover(image.shape[0], height), axis=0)
-    # The area in float32, its inverse in double: the kernel divides the literal 1.0.
-    area = _scale(image.shape[0], height) * _scale(image.shape[1], width)
-    return total * np.float32(1.0 / float(area))
-  raise ValueError(unknown_name("resize method", method, METHODS))
+  columns = _weighted_sum(image, *_cover(image.shape[1], width), axis=1)
+  total = _weighted_sum(columns, *_cover(image.shape[0], height), axis=0)
+  # The area in float32, its inverse in double: the kernel divides the literal 1.0.
+  area = _scale(image.shape[0], height) * _scale(image.shape[1], width)
+  return total * np.float32(1.0 / float(area))
 
 
 def _scale(old: int, new: int) -> np.float32:
