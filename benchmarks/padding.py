@@ -83,7 +83,7 @@ def largest(sizes: np.ndarray, batch_size: int) -> list[str]:
 def unsorted(sizes: np.ndarray, batch_size: int, chosen: buckets.Buckets) -> list[str]:
   """Batches in random order, each in the smallest bucket that holds it."""
   batches = sizes.reshape(-1, batch_size, 2)
-  shapes = [chosen.shapes[chosen.find(*map(int, batch.max(axis=0)))] for batch in batches]
+  shapes = [chosen.find(*map(int, batch.max(axis=0))) for batch in batches]
   return _row(f"{len(chosen.shapes)} buckets, unsorted", sizes, batch_size, shapes, None)
 
 

@@ -55,11 +55,11 @@ class Buckets:
     given.add((max(height for height, _ in given), max(width for _, width in given)))
     self.shapes = sorted(given, key=lambda shape: (shape[0] * shape[1], shape))
 
-  def find(self, height: int, width: int) -> int:
-    """Returns the index of the smallest bucket that holds an image of this size, or ValueError."""
-    for number, (bucket_height, bucket_width) in enumerate(self.shapes):
-      if height <= bucket_height and width <= bucket_width:
-        return number
+  def find(self, height: int, width: int) -> Shape:
+    """Returns the smallest bucket that holds an image of this size, or ValueError."""
+    for shape in self.shapes:
+      if height <= shape[0] and width <= shape[1]:
+        return shape
     raise ValueError(f"an image of {height}x{width}: in none of the buckets {self.shapes}; add one")
 
 
@@ -174,17 +174,17 @@ class TrainPlan:
 
   def plan_window(self, number: int) -> tuple[Int[np.ndarray, "w b"], list[Shape]]:
     """Returns the positions of each batch of a window, and the batches' shapes."""
-    count, all_shapes = self._window * self._batch_size, self._buckets.shapes
+    count = self._window * self._batch_size
     first = number * count
     sizes = self._forecast.run(self._seed, range(first, first + count))
-    found = [all_shapes[self._buckets.find(*size)] for size in sizes]
+    found = [self._buckets.find(*size) for size in sizes]
     # From large landscape shapes over small ones to large portrait ones: batches at the boundary of
     # two buckets then have small or similar images.
     rank = [h * w if h > w else -h * w for h, w in found]
     order = sorted(range(count), key=lambda i: (rank[i], i))
     batches = np.array(order).reshape(self._window, self._batch_size)
     largest = np.array(sizes)[batches].max(axis=1).tolist()
-    shapes = [all_shapes[self._buckets.find(*size)] for size in largest]
+    shapes = [self._buckets.find(*size) for size in largest]
     seed = np.random.SeedSequence(self._seed, spawn_key=(_SHUFFLE, number))
     shuffled = np.random.default_rng(seed).permutation(self._window)
     return first + batches[shuffled], [shapes[i] for i in shuffled]
@@ -208,7 +208,7 @@ class EvalPlan:
     found = find_buckets(forecast, buckets, seed=None)
     members: dict[Shape, list[int]] = {shape: [] for shape in found.shapes}
     for index, size in enumerate(forecast.evaluation()):
-      members[found.shapes[found.find(*size)]].append(index)
+      members[found.find(*size)].append(index)
     indices: list[int] = []
     self.padded_shapes: list[PaddedShape] = []
     for shape, examples in members.items():

@@ -22,8 +22,6 @@ from vit_jax_zoo.tasks import base
 
 Weights: TypeAlias = tuple[Float[Array, " n"], Float[Array, "n h w"]]  # of labels and of pixels
 
-OBJECTIVES = ("softmax", "sigmoid")
-
 _MIXING = 0x6D6978  # folded into a step's key for mixup and CutMix: independent of dropout
 _DRAWN = 24  # number of mixed examples in the figure of a training batch
 _EXPLAINED, _MAX_BYTES = 8, 2**30  # maximum examples to explain, and bytes of intermediates
@@ -62,7 +60,7 @@ class Classification(base.Task):
   per_class: bool = False  # also score each class, and draw the confusion matrix
 
   def __post_init__(self) -> None:
-    check_names("objective", [self.objective], OBJECTIVES)
+    check_names("objective", [self.objective], ("softmax", "sigmoid"))
     check_rates(self, "label_smoothing")
     check_not_negative(self, "mixup_alpha", "cutmix_alpha")
     check_fractions(self, "mix_probability", "cutmix_fraction")
