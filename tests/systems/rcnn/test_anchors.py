@@ -18,7 +18,7 @@ def test_torchvision_anchors_round_corners():
     (32, [[23, 11], [16, 16], [11, 23]]),
     (64, [[45, 23], [32, 32], [23, 45]]),
   ):
-    cell = cell_anchors(16, size, (0.5, 1.0, 2.0))
+    cell = cell_anchors(16, size, (0.5, 1.0, 2.0), "torchvision")
     np.testing.assert_array_equal(cell[:, 2:], expected)
     np.testing.assert_array_equal(cell[:, :2], -cell[:, 2:])
 

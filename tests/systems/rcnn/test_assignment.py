@@ -95,8 +95,7 @@ def draw_sample(seed, foreground, background, count=8, share=0.25):
   assignment = Assignment(
     jnp.asarray(foreground), jnp.asarray(background), jnp.zeros(len(foreground), jnp.int32)
   )
-  sample = draw_compiled(jax.random.key(seed), assignment, count, share)
-  return jax.tree.map(np.asarray, sample)
+  return map(np.asarray, draw_compiled(jax.random.key(seed), assignment, count, share))
 
 
 def test_sample_is_uniform_without_repeats_and_foreground_first():
@@ -104,13 +103,13 @@ def test_sample_is_uniform_without_repeats_and_foreground_first():
   background = np.arange(30) >= 14
   counts = np.zeros(30, int)
   for seed in range(200):
-    sample = draw_sample(seed, foreground, background)
-    assert sample.exists.all()
-    assert list(sample.foreground) == [True] * 2 + [False] * 6
-    assert foreground[sample.index[:2]].all()
-    assert background[sample.index[2:]].all()
-    assert len(set(sample.index)) == 8
-    counts[sample.index] += 1
+    index, exists, is_foreground = draw_sample(seed, foreground, background)
+    assert exists.all()
+    assert list(is_foreground) == [True] * 2 + [False] * 6
+    assert foreground[index[:2]].all()
+    assert background[index[2:]].all()
+    assert len(set(index)) == 8
+    counts[index] += 1
   assert counts[10:14].sum() == 0
   # Expected 200 x 2 / 10 and 200 x 6 / 16, 40 and 75 each; the bounds are six standard deviations.
   assert abs(counts[:10] - 40).max() < 36
@@ -123,15 +122,15 @@ def test_sample_is_uniform_without_repeats_and_foreground_first():
 )
 def test_sample_with_few_candidates_is_padded(foreground, background, expected):
   rank = np.arange(30)
-  sample = draw_sample(
+  _, exists, is_foreground = draw_sample(
     0, rank < foreground, (rank >= foreground) & (rank < foreground + background)
   )
-  assert (sample.foreground.sum(), (sample.exists & ~sample.foreground).sum()) == expected
-  assert list(sample.exists) == sorted(sample.exists, reverse=True)
-  assert list(sample.foreground) == sorted(sample.foreground, reverse=True)
+  assert (is_foreground.sum(), (exists & ~is_foreground).sum()) == expected
+  assert list(exists) == sorted(exists, reverse=True)
+  assert list(is_foreground) == sorted(is_foreground, reverse=True)
 
 
 def test_sample_of_fewer_boxes_than_count_takes_all():
-  sample = draw_sample(3, np.array([True, False, False]), np.array([False, True, True]))
-  assert sample.index.shape == (8,)
-  assert sorted(sample.index[sample.exists]) == [0, 1, 2]
+  index, exists, _ = draw_sample(3, np.array([True, False, False]), np.array([False, True, True]))
+  assert index.shape == (8,)
+  assert sorted(index[exists]) == [0, 1, 2]

@@ -156,7 +156,9 @@ def test_mask_head_and_loss_equal_official_code(load_golden, weights):
   for box, target in enumerate(targets):
     for label in range(config["num_classes"]):
       if (target[label] >= 0).all():
-        mask = losses.select_mask(logits[0, box], jnp.asarray((label - 1) % config["num_classes"]))
+        mask = losses.select_class(
+          logits[0, box], jnp.asarray((label - 1) % config["num_classes"]), -1
+        )
         each.append(float(losses.mask_loss(mask, jnp.asarray(target[label] == 1))))
   valid = (targets >= 0).sum() / targets[0, 0].size
   if len(each) == valid:  # the fixture ignores only whole masks

@@ -184,13 +184,14 @@ def test_perfect_predictions_have_ap_of_one():
   proposals = jnp.asarray(np.concatenate([boxes, boxes + 1]), jnp.float32)
   labels = np.tile(batch["labels"][row], 2)
   logits = jnp.where(jax.nn.one_hot(labels, 5) > 0, jnp.r_[[9.0] * 3, [6.0] * 3][:, None], 0.0)
-  detections = jitted(
+  boxes, scores, labels, _ = jitted(
     logits, jnp.zeros((6, 5, 4)), proposals, jnp.ones(6, bool), size,
     limits=DetectionLimits(detections_per_img=5), convention=CONVENTIONS["torchvision"],
   )  # fmt: skip
   evaluator = DetectionEvaluator(4)
   one = {k: v[row : row + 1] for k, v in batch.items()}
-  evaluator.add(one, {k: np.asarray(v)[None] for k, v in detections._asdict().items()})
+  found = {"boxes_xyxy": boxes, "scores": scores, "labels": labels}
+  evaluator.add(one, {k: np.asarray(v)[None] for k, v in found.items()})
   assert evaluator.result()["box_ap50"] > 0.99
 
 

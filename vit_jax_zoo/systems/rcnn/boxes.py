@@ -43,8 +43,10 @@ CONVENTIONS = {
 }
 
 
+# Of one kind, such as proposals or targets; deltas have the same shape.
+Boxes: TypeAlias = Float[Array, "*#n 4"]
+# Factors of the four deltas, which bring them to the order of 1.
 Weights: TypeAlias = tuple[float | int, float | int, float | int, float | int]
-"""Factors of the four deltas, which bring them to the order of 1."""
 
 LOG_SIZE_LIMIT = math.log(1000 / 16)  # of a delta: early in training exp would overflow
 CROWD_FRACTION = 0.7  # Detectron's CROWD_FILTER_THRESH
@@ -52,10 +54,8 @@ _MIN_SIDE = 1e-6  # pixels: deltas of empty boxes (in padding) are finite
 
 
 def encode_boxes(
-  boxes_xyxy: Float[Array, "*#n 4"],
-  references_xyxy: Float[Array, "*#n 4"],
-  weights: Weights = (1, 1, 1, 1),
-) -> Float[Array, "*#n 4"]:
+  boxes_xyxy: Boxes, references_xyxy: Boxes, weights: Weights = (1, 1, 1, 1)
+) -> Boxes:
   """Returns (x - x_r) / w_r, (y - y_r) / h_r, log(w / w_r), log(h / h_r), times the weights."""
   center, size = _center_size(boxes_xyxy)
   reference_center, reference_size = _center_size(references_xyxy)
@@ -66,11 +66,7 @@ def encode_boxes(
   return deltas * jnp.broadcast_to(jnp.asarray(weights, deltas.dtype), deltas.shape)
 
 
-def decode_boxes(
-  deltas: Float[Array, "*#n 4"],
-  references_xyxy: Float[Array, "*#n 4"],
-  weights: Weights = (1, 1, 1, 1),
-) -> Float[Array, "*#n 4"]:
+def decode_boxes(deltas: Boxes, references_xyxy: Boxes, weights: Weights = (1, 1, 1, 1)) -> Boxes:
   """Returns the boxes at the deltas from the references; the inverse of `encode_boxes`."""
   deltas = deltas / jnp.broadcast_to(jnp.asarray(weights, deltas.dtype), deltas.shape)
   reference_center, reference_size = _center_size(references_xyxy)
@@ -89,22 +85,13 @@ def clip_boxes(
   return jnp.concatenate([low, high], axis=-1)
 
 
-def inclusive(boxes_xyxy: Float[Array, "*n 4"]) -> Float[Array, "*n 4"]:
-  """Returns boxes with inclusive right and bottom, as in Detectron."""
-  return jnp.concatenate([boxes_xyxy[..., :2], boxes_xyxy[..., 2:] - 1], axis=-1)
-
-
 def _center_size(boxes: Float[Array, "*n 4"]) -> tuple[Float[Array, "*n 2"], Float[Array, "*n 2"]]:
   size = boxes[..., 2:] - boxes[..., :2]
   return boxes[..., :2] + 0.5 * size, size
 
 
 def cell_anchors(
-  stride: int,
-  size: float | int,
-  aspect_ratios: Sequence[float | int],
-  *,
-  convention: str = "torchvision",
+  stride: int, size: float | int, aspect_ratios: Sequence[float | int], convention: str
 ) -> Float[np.ndarray, "a 4"]:
   """Returns the anchors of a map's first position, one for each aspect ratio (height / width).
 
@@ -141,8 +128,7 @@ def pyramid_anchors(
   map_sizes: Sequence[tuple[int, int]],
   strides: Sequence[int],
   own_levels: int,
-  *,
-  convention: str = "torchvision",
+  convention: str,
 ) -> list[Float[Array, "_ 4"]]:
   """Returns the anchors of every level of a pyramid, from fine to coarse.
 
@@ -157,29 +143,12 @@ def pyramid_anchors(
   return [grid_anchors(*level) for level in zip(cells, map_sizes, steps, strict=True)]
 
 
-def inside_images(
-  anchors_xyxy: Float[Array, "n 4"], image_size: Num[Array, "b 2"]
-) -> Bool[Array, "b n"]:
-  """Returns which anchors lie entirely inside each image; sizes are heights and widths."""
-  limits = image_size.astype(anchors_xyxy.dtype)[:, None, ::-1]
-  starts = jnp.all(anchors_xyxy[:, :2] >= 0, axis=1)[None]
-  return starts & jnp.all(anchors_xyxy[None, :, 2:] <= limits, axis=2)
-
-
 class Assignment(NamedTuple):
   """Assignment of n boxes; boxes that are neither foreground nor background are ignored."""
 
   foreground: Bool[Array, " n"]
   background: Bool[Array, " n"]
   target: Int[Array, " n"]  # index of the target with the highest IoU
-
-
-class Sample(NamedTuple):
-  """Sampled boxes: foreground, then background, then padding."""
-
-  index: Int[Array, " count"]
-  exists: Bool[Array, " count"]
-  foreground: Bool[Array, " count"]
 
 
 def assign_anchors(
@@ -234,8 +203,11 @@ def _best(overlap: Float[Array, "n t"]) -> tuple[Float[Array, " n"], Int[Array, 
 
 def sample_boxes(
   rng: jax.Array, assignment: Assignment, count: int, positive_fraction: float
-) -> Sample:
-  """Samples `count` boxes without replacement, at most `positive_fraction` of them foreground."""
+) -> tuple[Int[Array, " count"], Bool[Array, " count"], Bool[Array, " count"]]:
+  """Samples `count` boxes without replacement, at most `positive_fraction` of them foreground.
+
+  Returns their indices, which exist, and which are foreground, those first and padding last.
+  """
   keys = jax.random.uniform(rng, (2, len(assignment.target)))
   max_foreground = round(count * positive_fraction)
   foreground, is_foreground = top_k(keys[0], assignment.foreground, max_foreground)
@@ -245,7 +217,7 @@ def sample_boxes(
   exists = jnp.concatenate([is_foreground, is_background])
   order = jnp.argsort(~exists, stable=True)[:count]
   drawn_foreground = jnp.concatenate([is_foreground, jnp.zeros_like(is_background)])
-  return Sample(index[order], exists[order], drawn_foreground[order])
+  return index[order], exists[order], drawn_foreground[order]
 
 
 def top_k(
@@ -357,23 +329,14 @@ def choose_proposals(
 
 @dataclasses.dataclass(frozen=True)
 class DetectionLimits:
-  """Selection of detections; torchvision's arguments without their prefix "box_"."""
+  """Selection of detections; fields of `InstanceDetection` without their prefixes."""
 
-  score_thresh: float = 0.05  # detections with a lower score are dropped
-  nms_thresh: float = 0.5  # IoU threshold of suppression, per class
-  detections_per_img: int = 100  # maximum number of detections
-  reg_weights: Weights = (10.0, 10.0, 5.0, 5.0)  # weights of the deltas, see `encode_boxes`
+  score_thresh: float = 0.05
+  nms_thresh: float = 0.5
+  detections_per_img: int = 100
+  reg_weights: Weights = (10.0, 10.0, 5.0, 5.0)
   # (box, class) pairs before suppression; no effect while `detections_per_img` of them remain
   max_candidates: int = 2000
-
-
-class Detections(NamedTuple):
-  """Detections, highest score first."""
-
-  boxes_xyxy: Float[Array, "*b q 4"]
-  scores: Float[Array, "*b q"]
-  labels: Int[Array, "*b q"]
-  exists: Bool[Array, "*b q"]
 
 
 def choose_detections(
@@ -385,8 +348,11 @@ def choose_detections(
   *,
   limits: DetectionLimits,
   convention: Convention,
-) -> Detections:
-  """Returns the detections among an image's classified proposals; the background is the last."""
+) -> tuple[Float[Array, "q 4"], Float[Array, " q"], Int[Array, " q"], Bool[Array, " q"]]:
+  """Returns boxes, scores (highest first), labels and existence of an image's detections.
+
+  They are classified proposals, whose last class is the background.
+  """
   probabilities = jax.nn.softmax(logits)[:, :-1]
   classes = probabilities.shape[1]
   scores = jnp.where(exists[:, None], probabilities, 0).reshape(-1)
@@ -399,9 +365,5 @@ def choose_detections(
   options: dict[str, Any] = {"groups": label, "inclusive": convention.inclusive_threshold}
   keep = non_max_suppression(boxes, score, limits.nms_thresh, valid=candidate & large, **options)
   best, there = top_k(score, keep, limits.detections_per_img)
-  return Detections(
-    jnp.where(there[:, None], boxes[best], 0),
-    jnp.where(there, score[best], 0),
-    jnp.where(there, label[best], 0).astype(jnp.int32),
-    there,
-  )
+  boxes, score = jnp.where(there[:, None], boxes[best], 0), jnp.where(there, score[best], 0)
+  return boxes, score, jnp.where(there, label[best], 0).astype(jnp.int32), there

@@ -6,6 +6,7 @@ Inputs of box and mask heads are sequences of [b r s s c]: crops of one level of
 arXiv:1803.01534, section 3.2; the official code of FPT).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -85,8 +86,9 @@ class _Head(nn.Module):
   dtype: Dtype = "float32"
 
   def _convolve(
-    self, name: str, x: Float[Array, "n h w c"], features: int, *, train: bool
+    self, name: str, x: Float[Array, "n h w c"], features: int | None = None, *, train: bool
   ) -> Float[Array, "n h w f"]:
+    features = features or x.shape[-1]
     return nn.relu(conv_norm(self, name, x, features, 3, train=train, kernel_init=kaiming_normal))
 
   def _apply(
@@ -128,12 +130,9 @@ class BoxHead(_Head):
   ) -> Float[Array, "b r f"]:
     check_positive(self, "width")
     check_not_negative(self, "num_convs", "num_dense")
-    layers = [(self._conv, f"conv_{i}") for i in range(self.num_convs)]
+    layers = [(self._convolve, f"conv_{i}") for i in range(self.num_convs)]
     layers += [(self._dense, f"dense_{i}") for i in range(self.num_dense)]
     return self._apply(crops, layers, train=train).reshape(*crops[0].shape[:2], -1)
-
-  def _conv(self, name: str, x: Float[Array, "n s s c"], *, train: bool) -> Array:
-    return self._convolve(name, x, x.shape[-1], train=train)
 
   def _dense(self, name: str, x: Float[Array, "n *s c"], *, train: bool) -> Float[Array, "n f"]:
     layer = nn.Dense(self.width, kernel_init=kaiming_uniform, dtype=self.dtype, name=name)
@@ -184,7 +183,8 @@ class MaskHead(_Head):
     """Returns float32 mask logits of twice the input size."""
     check_positive(self, "width")
     check_not_negative(self, "num_convs")
-    layers = [(self._conv, f"conv_{i}") for i in range(self.num_convs)]
+    conv = functools.partial(self._convolve, features=self.width)
+    layers = [(conv, f"conv_{i}") for i in range(self.num_convs)]
     shared = max(self.num_convs - 1, int(len(crops) > 1))  # with the fused branch
     x = last = self._apply(crops, layers[:shared], train=train)
     for layer, name in layers[shared:]:
@@ -197,9 +197,6 @@ class MaskHead(_Head):
     if self.fused:
       logits = logits + self._fused_mask(x, train=train).astype(jnp.float32)
     return logits.reshape(*crops[0].shape[:2], *logits.shape[1:])
-
-  def _conv(self, name: str, x: Float[Array, "n s s c"], *, train: bool) -> Array:
-    return self._convolve(name, x, self.width, train=train)
 
   def _fused_mask(self, x: Float[Array, "n s s c"], *, train: bool) -> Float[Array, "n m m 1"]:
     side = 2 * x.shape[1]

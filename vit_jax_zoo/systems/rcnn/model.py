@@ -27,7 +27,6 @@ from vit_jax_zoo.systems.rcnn.boxes import (
   Convention,
   cell_anchors,
   choose_proposals,
-  inclusive,
   pick_limits,
   pyramid_anchors,
 )
@@ -57,6 +56,9 @@ SHARDING_RULES = (
 """The box head's two large matrices are sharded over `model`, all kernels over `fsdp`."""
 
 
+Images: TypeAlias = Float[Array, "b h w c"]
+Sizes: TypeAlias = Num[Array, "b 2"]  # heights and widths
+Boxes: TypeAlias = Float[Array, "b r 4"]
 Pyramid: TypeAlias = Sequence[Float[Array, "b _ _ d"]]
 
 
@@ -118,11 +120,7 @@ class RCNN(nn.Module):
       self._mask_head = MaskHead(**fields, dtype=self.dtype, name="mask_head")
 
   def __call__(
-    self,
-    images: Float[Array, "b h w c"],
-    image_size: Num[Array, "b 2"] | None = None,
-    *,
-    train: bool = False,
+    self, images: Images, image_size: Sizes | None = None, *, train: bool = False
   ) -> dict[str, Array]:
     """Runs both stages; see `propose` for the arguments.
 
@@ -137,11 +135,7 @@ class RCNN(nn.Module):
     return {"boxes_xyxy": boxes, "exists": found.exists, "logits": logits, "deltas": deltas}
 
   def propose(
-    self,
-    images: Float[Array, "b h w c"],
-    image_size: Num[Array, "b 2"] | None = None,
-    *,
-    train: bool = False,
+    self, images: Images, image_size: Sizes | None = None, *, train: bool = False
   ) -> Proposals:
     """Runs the first stage on normalized images; the proposals have no gradient.
 
@@ -155,12 +149,13 @@ class RCNN(nn.Module):
     maps = self._backbone(images, train=train)
     pyramid = self._neck([maps[level] for level in self.levels], train=train)
     pyramid = tuple(shard_batch(x) for x in pyramid)
-    levels, kind = list(pyramid), self.convention_details.anchors
+    levels = list(pyramid)
     for _ in range(self.extra_levels):
       levels.append(levels[-1][:, ::2, ::2])
     objectness, deltas = self._proposal_head(levels)
     sizes, own = [(x.shape[1], x.shape[2]) for x in levels], len(self.levels)
-    anchors = pyramid_anchors(self.cell_anchors, sizes, self.strides, own, convention=kind)
+    kind = self.convention_details.anchors
+    anchors = pyramid_anchors(self.cell_anchors, sizes, self.strides, own, kind)
 
     def choose(*each: Array) -> tuple[Array, ...]:
       choose_one = functools.partial(
@@ -172,19 +167,18 @@ class RCNN(nn.Module):
       )
       return jax.vmap(choose_one)(*each)
 
-    logits, boxes = jax.lax.stop_gradient((objectness, deltas))
-    chosen = on_own_examples(choose, logits, boxes, image_size)
+    chosen = on_own_examples(choose, *jax.lax.stop_gradient((objectness, deltas)), image_size)
     return Proposals(pyramid, jnp.concatenate(anchors), objectness, deltas, *chosen)
 
   def classify(
-    self, pyramid: Pyramid, boxes_xyxy: Float[Array, "b r 4"], *, train: bool = False
+    self, pyramid: Pyramid, boxes_xyxy: Boxes, *, train: bool = False
   ) -> tuple[Float[Array, "b r k"], Float[Array, "b r k 4"]]:
     """Returns logits and, per class, box deltas (`boxes.encode_boxes`)."""
     crops = self._crops(pyramid, boxes_xyxy, self.pool_size)
     return self._box_outputs(shard_batch(self._box_head(crops, train=train)))
 
   def segment(
-    self, pyramid: Pyramid, boxes_xyxy: Float[Array, "b r 4"], *, train: bool = False
+    self, pyramid: Pyramid, boxes_xyxy: Boxes, *, train: bool = False
   ) -> Float[Array, "b r m m k"]:
     crops = self._crops(pyramid, boxes_xyxy, self.mask_pool_size)
     return shard_batch(self._mask_head(crops, train=train))
@@ -220,16 +214,16 @@ class RCNN(nn.Module):
   def cell_anchors(self) -> list[Float[np.ndarray, "a 4"]]:
     kind = self.convention_details.anchors
     return [
-      cell_anchors(stride, size, self.aspect_ratios, convention=kind)
+      cell_anchors(stride, size, self.aspect_ratios, kind)
       for stride, size in zip(self.strides, self.anchor_sizes, strict=True)
     ]
 
   def _crops(
-    self, pyramid: Pyramid, boxes_xyxy: Float[Array, "b r 4"], size: int
+    self, pyramid: Pyramid, boxes_xyxy: Boxes, size: int
   ) -> list[Float[Array, "b r s s d"]]:
-    strides = self.strides[: len(self.levels)]
-    boxes = inclusive(boxes_xyxy) if self.convention_details.inclusive_boxes else boxes_xyxy
-    align = functools.partial(roi_align, size=size, aligned=self.convention_details.aligned)
+    strides, convention = self.strides[: len(self.levels)], self.convention_details
+    boxes = boxes_xyxy.at[..., 2:].add(-1) if convention.inclusive_boxes else boxes_xyxy
+    align = functools.partial(roi_align, size=size, aligned=convention.aligned)
     if self.adaptive:
       first = jnp.zeros(boxes.shape[:2], jnp.int32)
       return [align([x], boxes, first, strides=[s]) for x, s in zip(pyramid, strides, strict=True)]

@@ -11,10 +11,9 @@ Points up to one step outside the map have the border's values, those further aw
 large maps are gathered; small maps are multiplied by interpolation matrices, which is faster.
 """
 
-import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +63,15 @@ def roi_align(
   `level_index` is the index of each box's map, `size` the side of the crops; boxes and strides are
   in pixels of the image. For `aligned` see the module's docstring.
   """
+
+  def multiply(features: Float[Array, "h w c"], boxes: Float[Array, "r 4"]) -> Array:
+    rows, columns = _points(features.shape[:2], boxes, size, aligned=aligned)
+    by_row = _interpolation(rows, features.shape[0]).astype(features.dtype)
+    by_column = _interpolation(columns, features.shape[1]).astype(features.dtype)
+    partial = jnp.einsum("rih,hwc->riwc", by_row, features)
+    return jnp.einsum("rjw,riwc->rijc", by_column, partial)
+
   large = [math.prod(x.shape[1:3]) > USE_MATRICES for x in pyramid]
-  multiply = functools.partial(_multiplied, size=size, aligned=aligned)
   result = 0.0
   for index, (features, stride) in enumerate(zip(pyramid, strides, strict=True)):
     if not large[index]:
@@ -116,16 +122,6 @@ def _points(
   return along(map_size[0], at[:, 1]), along(map_size[1], at[:, 0])
 
 
-def _multiplied(
-  features: Float[Array, "h w c"], boxes: Float[Array, "r 4"], size: int, *, aligned: bool
-) -> Float[Array, "r size size c"]:
-  rows, columns = _points(features.shape[:2], boxes, size, aligned=aligned)
-  by_row = _interpolation(rows, features.shape[0]).astype(features.dtype)
-  by_column = _interpolation(columns, features.shape[1]).astype(features.dtype)
-  partial = jnp.einsum("rih,hwc->riwc", by_row, features)
-  return jnp.einsum("rjw,riwc->rijc", by_column, partial)
-
-
 def _interpolation(points: _Points, side: int) -> Float[Array, "r size side"]:
   positions = jnp.arange(side, dtype=points.at.dtype)[None, None, None]
   distance = jnp.abs(points.at[..., None] - positions)
@@ -133,23 +129,19 @@ def _interpolation(points: _Points, side: int) -> Float[Array, "r size side"]:
 
 
 def _gathered(
-  levels: Sequence[tuple[Float[Array, "b _ _ c"], float | int]],
-  boxes_xyxy: Float[Array, "b r 4"],
-  level_index: Int[Array, "b r"],
-  size: int,
-  *,
-  aligned: bool,
+  levels: Sequence[tuple[Array, Any]], boxes: Array, level_index: Array, size: int, *, aligned: bool
 ) -> Float[Array, "b r size size c"]:
-  """Gathers each box's points from its level (index clipped) in one table of all levels."""
+  """Gathers each box's points from its level (index clipped) in one table of all levels.
+
+  `levels` are maps [b _ _ c] and their strides; the others are arguments of `roi_align`.
+  """
   batch, channels = levels[0][0].shape[0], levels[0][0].shape[-1]
   table = jnp.concatenate([x.reshape(batch, -1, channels) for x, _ in levels], axis=1)
   shapes = [(x.shape[1], x.shape[2]) for x, _ in levels]
   lengths = [math.prod(shape) for shape in shapes]
   offsets = jnp.asarray([sum(lengths[:i]) for i in range(len(levels))], jnp.int32)
 
-  def one_image(
-    table: Float[Array, "n c"], boxes: Float[Array, "r 4"], index: Int[Array, " r"]
-  ) -> Float[Array, "r size size c"]:
+  def one_image(table: Array, boxes: Array, index: Array) -> Float[Array, "r size size c"]:
     points = [
       _points(shape, boxes / stride, size, aligned=aligned)
       for shape, (_, stride) in zip(shapes, levels, strict=True)
@@ -159,7 +151,7 @@ def _gathered(
     map_size = jnp.asarray(shapes, jnp.int32)[index]
     return _interpolate(table, offsets[index], map_size, rows, columns)
 
-  return jax.vmap(one_image)(table, boxes_xyxy, jnp.clip(level_index, 0, len(levels) - 1))
+  return jax.vmap(one_image)(table, boxes, jnp.clip(level_index, 0, len(levels) - 1))
 
 
 def _interpolate(

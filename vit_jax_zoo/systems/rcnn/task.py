@@ -26,7 +26,6 @@ from vit_jax_zoo.systems.rcnn.boxes import (
   assign_proposals,
   choose_detections,
   encode_boxes,
-  inside_images,
   sample_boxes,
 )
 from vit_jax_zoo.systems.rcnn.roi_align import crop_masks
@@ -199,17 +198,17 @@ class InstanceDetection(base.Task):
     }
     if self.model.has_masks:
       masks = self.model.apply(variables, found.pyramid, boxes, method="segment")
-      predictions["box_masks"] = jax.nn.sigmoid(select_mask(masks, labels))
+      predictions["box_masks"] = jax.nn.sigmoid(select_class(masks, labels, axis=-1))
     return predictions
 
   def explain(self, variables: base.Variables, batch: base.Batch) -> dict[str, Any]:
     neck = self.model.neck_class
     if not hasattr(neck, "explain"):
       raise ValueError("the model's neck has no attention maps")
-    propose = functools.partial(self.model.apply, method="propose", mutable=["intermediates"])
 
     def run(first: base.Batch) -> Mapping[str, Any]:
-      _, sown = propose(variables, self._images(first), image_size(first))
+      inputs = self._images(first), image_size(first)
+      _, sown = self.model.apply(variables, *inputs, method="propose", mutable=["intermediates"])
       return sown["intermediates"]["neck"]
 
     return neck.explain(run, batch, self.model.size_multiple)
@@ -248,7 +247,6 @@ class InstanceDetection(base.Task):
   def _anchor_losses(
     self, found: Any, targets: Targets, batch: base.Batch, rng: jax.Array, count: Array
   ) -> dict[str, Array]:
-
     def one_image(
       rng: Array, logits: Array, deltas: Array, target: Array, real: Array, valid: Array
     ) -> tuple[Array, Array]:
@@ -267,7 +265,9 @@ class InstanceDetection(base.Task):
     mask = base.example_mask(batch)
     valid = jnp.broadcast_to(mask[:, None], (len(mask), len(found.anchors_xyxy)))
     if self.rpn_inside_only:
-      valid &= inside_images(found.anchors_xyxy, image_size(batch))
+      limits = image_size(batch).astype(jnp.float32)[:, None, ::-1]
+      valid &= jnp.all(found.anchors_xyxy[:, :2] >= 0, axis=1)[None]
+      valid &= jnp.all(found.anchors_xyxy[None, :, 2:] <= limits, axis=2)
     keys = jax.random.split(rng, len(mask))
     truth = targets.boxes_xyxy, targets.is_target
     losses = jax.vmap(one_image)(keys, found.objectness, found.deltas, *truth, valid)
@@ -277,7 +277,6 @@ class InstanceDetection(base.Task):
   def _sampled_proposals(
     self, found: Any, targets: Targets, mask: Bool[Array, " b"], rng: jax.Array
   ) -> Rois:
-
     def one_image(rng: Array, boxes: Array, exists: Array, targets: Targets) -> Rois:
       truth = targets.boxes_xyxy, targets.is_target, targets.is_crowd
       assigned = assign_proposals(boxes, *truth, exists, self.box_fg_iou_thresh)
@@ -292,19 +291,15 @@ class InstanceDetection(base.Task):
     return jax.vmap(one_image)(jax.random.split(rng, len(mask)), boxes, exists, targets)
 
   def _box_losses(
-    self,
-    logits: Float[Array, "b r k"],
-    deltas: Float[Array, "b r k 4"],
-    rois: Rois,
-    targets: Targets,
-    fraction: Float[Array, ""],
+    self, logits: Array, deltas: Array, rois: Rois, targets: Targets, fraction: Array
   ) -> dict[str, Array]:
     if logits.shape[-1] != self.num_classes + 1:
       wrong = f"num_classes: {logits.shape[-1] - 1} in the model, {self.num_classes} in the task"
       raise ValueError(f"{wrong}; expected the highest class id + 1 in both")
     boxes = jax.vmap(take_rows)(targets.boxes_xyxy, rois.target)
     expected = encode_boxes(boxes, rois.boxes_xyxy, self.bbox_reg_weights)
-    distance = smooth_l1(select_class(deltas, rois.labels) - expected, self.box_smooth_l1_beta)
+    predicted = select_class(deltas, rois.labels, axis=-2)
+    distance = smooth_l1(predicted - expected, self.box_smooth_l1_beta)
     count = jnp.maximum(jnp.sum(rois.exists.astype(jnp.float32)), 1) / fraction
     return {
       "class_loss": jnp.sum(jnp.where(rois.exists, class_loss(logits, rois.labels), 0)) / count,
@@ -322,7 +317,7 @@ class InstanceDetection(base.Task):
       return jnp.zeros(())
     crop = functools.partial(crop_masks, size=logits.shape[2])
     expected = jax.vmap(crop)(masks, rois.target, rois.boxes_xyxy)
-    loss = mask_loss(select_mask(logits, rois.labels), expected)
+    loss = mask_loss(select_class(logits, rois.labels, axis=-1), expected)
     count = jnp.maximum(jnp.sum(rois.foreground.astype(jnp.float32)), 1)
     return jnp.sum(jnp.where(rois.foreground, loss, 0)) / count
 
@@ -335,7 +330,7 @@ def smooth_l1(errors: Float[Array, "*n d"], beta: float) -> Float[Array, "*n"]:
 
 def class_loss(logits: Float[Array, "*n k"], labels: Int[Array, "*n"]) -> Float[Array, "*n"]:
   """Returns the cross-entropy; labels are clipped to the classes."""
-  return -select_class(jax.nn.log_softmax(logits)[..., None], labels)[..., 0]
+  return -select_class(jax.nn.log_softmax(logits), labels, axis=-1)
 
 
 def mask_loss(logits: Float[Array, "*n m m"], masks: Bool[Array, "*n m m"]) -> Float[Array, "*n"]:
@@ -344,18 +339,11 @@ def mask_loss(logits: Float[Array, "*n m m"], masks: Bool[Array, "*n m m"]) -> F
   return jnp.mean(losses, axis=(-2, -1))
 
 
-def select_class(values: Float[Array, "*n k d"], labels: Int[Array, "*n"]) -> Float[Array, "*n d"]:
-  """Returns the row of `values` of each label; labels are clipped to the classes."""
-  index = jnp.clip(labels, 0, values.shape[-2] - 1)[..., None, None]
-  return jnp.take_along_axis(values, index, axis=-2)[..., 0, :]
-
-
-def select_mask(
-  masks: Float[Array, "*n m m k"], labels: Int[Array, "*n"]
-) -> Float[Array, "*n m m"]:
-  """Returns the mask of each label; labels are clipped to the classes."""
-  index = jnp.clip(labels, 0, masks.shape[-1] - 1)[..., None, None, None]
-  return jnp.take_along_axis(masks, index, axis=-1)[..., 0]
+def select_class(values: Float[Array, "*n ..."], labels: Int[Array, "*n"], axis: int) -> Array:
+  """Returns `values` at each label along the axis of classes; labels are clipped to the classes."""
+  labels = jnp.clip(labels, 0, values.shape[axis] - 1)
+  index = jnp.expand_dims(labels, tuple(range(labels.ndim, values.ndim)))
+  return jnp.take_along_axis(values, index, axis=axis).squeeze(axis)
 
 
 def take_rows(values: Array, index: Int[Array, " r"]) -> Array:
