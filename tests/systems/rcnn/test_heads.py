@@ -10,7 +10,7 @@ from tests.conftest import golden_folder
 from tests.variables import random_variables
 from vit_jax_zoo.nn.resnet import ResNet
 from vit_jax_zoo.systems.rcnn import task as losses
-from vit_jax_zoo.systems.rcnn import weights_detectron as detectron
+from vit_jax_zoo.systems.rcnn import weights as detectron
 from vit_jax_zoo.systems.rcnn.heads import (
   BoxHead,
   BoxOutputs,

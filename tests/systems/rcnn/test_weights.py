@@ -11,9 +11,9 @@ from safetensors.numpy import load_file, save_file
 from tests.variables import trace_once  # noqa: F401, a fixture
 from vit_jax_zoo import export
 from vit_jax_zoo.inference.load import load_pretrained
-from vit_jax_zoo.systems.rcnn import weights_detectron as rcnn_classes
+from vit_jax_zoo.systems.rcnn import weights as rcnn_classes
 from vit_jax_zoo.systems.rcnn.model import RCNN
-from vit_jax_zoo.systems.rcnn.weights_torchvision import PREPROCESS
+from vit_jax_zoo.systems.rcnn.weights import PREPROCESS
 from vit_jax_zoo.weights import Preprocess, Pretrained, WeightsError, load_into
 from vit_jax_zoo.weights.load import flatten_variables, formats
 
@@ -44,7 +44,7 @@ MODELS = {
 }
 NAMES = {"torchvision": "pth-torchvision", "official": "pth", "official_2mlp": "pth"}
 MODULES = {
-  "torchvision": "weights_torchvision",
+  "torchvision": "weights",
   "official": "weights_rcnn",
   "official_2mlp": "weights_rcnn",
 }

@@ -1,6 +1,6 @@
 """State dicts of the official code's detectors: Caffe's ResNet, FPT, adaptive heads.
 
-Keys are Detectron.pytorch's (`rcnn.weights_detectron`), with those of the class `FPT`
+Keys are Detectron.pytorch's (`rcnn.weights`), with those of the class `FPT`
 (`weights_official`) below "Conv_Body.". The code's configs name another class, `FPT_s`, which does
 not run: its lateral convolutions do not fit each other.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax_zoo.systems.fpt import weights_official as fpt_pt
-from vit_jax_zoo.systems.rcnn import weights_detectron as detectron
+from vit_jax_zoo.systems.rcnn import weights as detectron
 from vit_jax_zoo.weights import backbones as resnet
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained
 from vit_jax_zoo.weights.key_map import Row, WeightsError, write

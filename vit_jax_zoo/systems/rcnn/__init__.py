@@ -8,8 +8,8 @@ SYSTEM = System(
   tasks={"instance_detection": "task:InstanceDetection"},
   predictors={"instance_detection": "predictor:InstancePredictor"},
   necks={"fpn": "heads:FeaturePyramid", "bfp": "heads:BottomUpPyramid"},
-  formats=(Format("pth-torchvision", "faster_rcnn", "weights_torchvision", "torchvision's R-CNN"),),
-  backbone_readers=("weights_detectron:recognize_backbone",),
+  formats=(Format("pth-torchvision", "faster_rcnn", "weights", "torchvision's R-CNN"),),
+  backbone_readers=("weights:recognize_backbone",),
   renamed_fields=(
     ("task.anchor_samples", "rpn_batch_size_per_image"),
     ("task.anchor_foreground", "rpn_positive_fraction"),

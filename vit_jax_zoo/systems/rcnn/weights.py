@@ -1,25 +1,32 @@
-"""State dicts of Detectron.pytorch's R-CNNs, FPT's official code included; COCO's class ids.
+"""State dicts of R-CNNs: torchvision's; rows of Detectron.pytorch's, as in FPT's official code.
 
-Differences from ours: images are BGR (the first convolution's input channels are reversed), the
-background is the first class (here the last), and crops are flattened channel first.
+Detectron's images are BGR (the first convolution's input channels are reversed). In both, the
+background is the first class (here the last), and crops are flattened channel first. Class ids of
+COCO are 1 to 90 with gaps, as in `data.sources.coco`: files with 81 outputs (Detectron, without
+gaps) or 91 (torchvision, with gaps) get outputs for the unused ids. Otherwise the file's class 1 is
+class 0 here.
 
-Class ids of COCO are 1 to 90 with gaps, as in `data.sources.coco`: files with 81 outputs
-(Detectron, without gaps) or 91 (torchvision, with gaps) get outputs for the unused ids. Otherwise
-the file's class 1 is class 0 here.
+Newer files of torchvision have "conv.0.0" for "conv", and ".0" behind the numbers of layers and
+levels. Version 2, with norms and convolutions in its heads, is another network, and is refused.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
 
 from vit_jax_zoo.data.sources.coco import THINGS, names_by_id
 from vit_jax_zoo.weights import backbones as resnet
-from vit_jax_zoo.weights.key_map import KEEP, Array, Flat, Row, Transform
-from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, DENSE, layer_rows, norm_rows
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained
+from vit_jax_zoo.weights.key_map import KEEP, Array, Flat, Row, Transform, WeightsError, write
+from vit_jax_zoo.weights.preprocess import DETECTION
+from vit_jax_zoo.weights.readers import Published, write_state_dict
+from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, COUNTER, DENSE, layer_rows, norm_rows
 
 IMAGE_MEAN = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)  # RGB, for `normalize_images`
 IMAGE_STD = (1 / 255, 1 / 255, 1 / 255)
@@ -66,8 +73,6 @@ def flattened_crops(side: int) -> Transform:
 
 
 BODY = "Conv_Body.conv_body."  # prefix of the backbone's keys in a detector
-
-
 LAYOUT = dataclasses.replace(
   resnet.TORCHVISION,
   stem=("res1.conv1", "res1.bn1"),
@@ -114,7 +119,7 @@ def _conv_norm_rows(published: str, ours: str, place: int = 0) -> list[Row]:
 
 def _sequence_rows(published: str, ours: str, end: int) -> list[Row]:
   convs = (_conv_norm_rows(published, f"{ours}/conv_{i}", 3 * (i - 1)) for i in range(1, end))
-  return [row for rows in convs for row in rows]
+  return list(itertools.chain(*convs))
 
 
 def output_rows(prefix: str = "Box_Outs") -> list[Row]:
@@ -217,8 +222,8 @@ NUM_CLASSES = IDS[-1] + 1
 NAMES = names_by_id(THINGS)
 UNUSED = -20.0  # bias of outputs without class: they are never predicted, and remain trainable
 
-_LAYOUTS = {len(IDS) + 1: IDS, NUM_CLASSES: list(range(1, NUM_CLASSES))}
-"""Outputs -> class ids after the background: Detectron's without, torchvision's with gaps."""
+# Outputs of a file -> their places, background first: Detectron's without, torchvision's with gaps.
+_PLACES = {len(ids) + 1: [0, *(i + 1 for i in ids)] for ids in (IDS, range(1, NUM_CLASSES))}
 
 
 def with_ids(
@@ -231,13 +236,12 @@ def with_ids(
   """
   logits = f"{next(iter(layers))}.bias"
   count = len(arrays[logits])
-  ids = _LAYOUTS.get(count)
-  if ids is None:
+  places = _PLACES.get(count)
+  if places is None:
     text = "%s: %d outputs; the file's class 1, after the background, is class 0 here"
     logging.info(text, source, count)
     return dict(arrays), False
   logging.info("%s: %d outputs, assumed to be COCO's; classes are COCO's ids", source, count)
-  places = [0, *(number + 1 for number in ids)]
 
   def spread(key: str, own: Array) -> Array:
     if len(own) != len(places):
@@ -255,8 +259,7 @@ def without_ids(
   """Inverse of `with_ids` for a file with `outputs` classes, if the class names are COCO's."""
   if tuple(names) != NAMES:
     return dict(arrays)
-  places = [0, *(number + 1 for number in _LAYOUTS[outputs])]
-  return _change_classes(arrays, layers, lambda _, own: own[places])
+  return _change_classes(arrays, layers, lambda _, own: own[_PLACES[outputs]])
 
 
 def _change_classes(
@@ -270,3 +273,104 @@ def _change_classes(
       if len(arrays[key]) % per_class == 0:
         found[key] = change(key, arrays[key].reshape(-1, per_class, *rest)).reshape(-1, *rest)
   return found
+
+
+_TORCHVISION = "backbone.body."
+_PREDICTOR, _MASKS = "roi_heads.box_predictor", "roi_heads.mask_predictor"
+_OUTPUTS = {
+  f"{_PREDICTOR}.cls_score": 1,
+  f"{_PREDICTOR}.bbox_pred": 4,
+  f"{_MASKS}.mask_fcn_logits": 1,
+}
+PREPROCESS = dataclasses.replace(DETECTION, interpolation="tf_bilinear", rounding="floor")
+"""Shorter side 800, longer at most 1333, without antialiasing."""
+COCO_OUTPUTS = 91  # of COCO detectors, background included
+
+
+def rows(pool_size: int = 7) -> tuple[Row, ...]:
+  """Returns the key map; `pool_size` is the side of the box head's input."""
+  convolutions = {
+    "backbone.fpn.inner_blocks.{l}.0": "neck/lateral_{l}",
+    "backbone.fpn.inner_blocks.{l}": "neck/lateral_{l}",
+    "backbone.fpn.layer_blocks.{l}.0": "neck/output_{l}",
+    "backbone.fpn.layer_blocks.{l}": "neck/output_{l}",
+    "rpn.head.conv.0.0": "proposal_head/conv",
+    "rpn.head.conv": "proposal_head/conv",
+    "rpn.head.cls_logits": "proposal_head/objectness",
+    "rpn.head.bbox_pred": "proposal_head/deltas",
+    "roi_heads.mask_head.{i}.0": "mask_head/conv_{i}",
+    "roi_heads.mask_head.mask_fcn{i+1}": "mask_head/conv_{i}",
+  }
+  return (
+    *resnet.rows(resnet.TORCHVISION, _TORCHVISION, "backbone/"),
+    *(row for layer in convolutions.items() for row in layer_rows(*layer, CONVOLUTION)),
+    *layer_rows("roi_heads.box_head.fc6", "box_head/dense_0", flattened_crops(pool_size)),
+    *layer_rows("roi_heads.box_head.fc7", "box_head/dense_1", DENSE),
+    *output_rows(_PREDICTOR),
+    *layer_rows(f"{_MASKS}.conv5_mask", "mask_head/upsample", DOUBLING),
+    *mask_output_rows(f"{_MASKS}.mask_fcn_logits"),
+  )
+
+
+def is_of(published: Mapping[str, np.ndarray]) -> bool:
+  """Returns whether a state dict is torchvision's R-CNN on a ResNet."""
+  return published.keys() >= {f"{_TORCHVISION}conv1.weight", f"{_PREDICTOR}.cls_score.bias"}
+
+
+def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
+  """Returns the fields of the `RCNN` of a state dict; WeightsError if it is another detector."""
+  if "roi_heads.box_head.fc6.weight" not in published:
+    raise WeightsError(f"{source}: torchvision's R-CNN v2 is not supported; use the first version")
+  if len(published["rpn.head.cls_logits.bias"]) != 3:
+    raise WeightsError(f"{source}: expected three anchors per position")
+  dense, flat = published["roi_heads.box_head.fc6.weight"].shape
+  width = published["rpn.head.cls_logits.weight"].shape[1]
+  fields: dict[str, Any] = {
+    "num_classes": len(published[f"{_PREDICTOR}.cls_score.bias"]) - 1,
+    "backbone": resnet.infer_fields(published, resnet.TORCHVISION, source, _TORCHVISION),
+    "neck": "fpn",
+    "width": width,
+    "convention": "torchvision",
+    "pool_size": round((flat / width) ** 0.5),
+    "box_head": {"width": dense},
+  }
+  if f"{_MASKS}.conv5_mask.bias" in published:
+    convs = [k for k in published if re.fullmatch(r"roi_heads\.mask_head\..*\.?bias", k)]
+    channels = len(published[f"{_MASKS}.conv5_mask.bias"])
+    fields["mask_head"] = {"num_convs": len(convs), "width": channels}
+  return fields
+
+
+def read_checkpoint(published: Published) -> Checkpoint:
+  """Reads a state dict of torchvision."""
+  arrays, is_coco = with_ids(published.arrays, _OUTPUTS, published.path)
+  fields = infer_fields(arrays, published.path)
+  names = {"class_names": NAMES} if is_coco else {}
+  return Checkpoint(
+    source=published.path,
+    family="faster_rcnn",
+    arrays=arrays,
+    table=rows(fields["pool_size"]),
+    fields=fields,
+    preprocess=PREPROCESS,
+    task="instance_detection",
+    # Models trained here paste exactly: its rule costs 6 % of IoU with objects of 30 pixels.
+    task_fields={"mask_paste": "torchvision", **names},
+    ignore=(rf".*\.{COUNTER}",),
+    heads=("box_outputs/", "mask_head/logits/"),
+  )
+
+
+def write_checkpoint(path: str, export: Pretrained) -> None:
+  """Writes a state dict that torchvision loads; WeightsError if it has no such detector."""
+  fields = export.fields()
+  resnet.check_plain(fields, "torchvision")
+  if fields["neck"] != "fpn" or fields["convention"] != "torchvision":
+    raise WeightsError(
+      f"torchvision has no R-CNN with neck={fields['neck']!r} and "
+      f"convention={fields['convention']!r}; expected 'fpn' and 'torchvision'"
+    )
+  arrays = write(export.variables, rows(fields["pool_size"]))
+  arrays = without_ids(arrays, _OUTPUTS, export.class_names, COCO_OUTPUTS)
+  export.warn_not_stored(path, PREPROCESS)
+  write_state_dict(path, arrays)
