@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
-from faster_coco_eval.core import mask as run_lengths
 
 from vit_jax_zoo.errors import name_of
 from vit_jax_zoo.figures.detection import draw_detections, draw_predicted_masks
@@ -62,11 +61,8 @@ class InstancePredictor(Predictor):
   def _result(self, image: Image, prepared: np.ndarray, found: dict[str, np.ndarray]) -> Result:
     confident = found["is_object"] & (found["scores"] >= self._options.threshold)
     labels, scores, boxes = (found[key][confident] for key in ("labels", "scores", "boxes_xyxy"))
-    objects: list[dict[str, Any]] = [
-      {"label": int(label), **self.named(label), "score": float(score), "box": box.tolist()}
-      for label, score, box in zip(labels, scores, boxes, strict=True)
-    ]
     has_masks = "box_masks" in found
+    outlines: list[dict[str, Any]] = [{}] * len(labels)
     if has_masks:
       masks = paste_masks(
         found["box_masks"][confident].astype(np.float64),
@@ -74,8 +70,15 @@ class InstancePredictor(Predictor):
         (image.shape[0], image.shape[1]),
         convention=self._task.paste_convention,  # as evaluation scores them
       )
-      for entry, mask in zip(objects, encode_masks(masks), strict=True):
-        entry["mask"] = mask
+      encoded = zip(masks, encode_masks(masks), strict=True)
+      outlines = [{"area": int(mask.sum()), "segmentation": lengths} for mask, lengths in encoded]
+    objects, annotations = [], []
+    for label, score, box, outline in zip(labels, scores, boxes, outlines, strict=True):
+      name, box = self.named(label), box.tolist()
+      mask = {"mask": outline["segmentation"]} if outline else {}
+      objects.append({"label": int(label), **name, "score": float(score), "box": box, **mask})
+      category = {"category_id": int(label), **name}
+      annotations.append(box_annotation(category, box, float(score), **outline))
     explained = prepared if self._options.explain else None
 
     def draw() -> dict[str, Picture]:
@@ -90,8 +93,7 @@ class InstancePredictor(Predictor):
         pictures["masks"] = draw_predicted_masks(image, masks, captions)
       return pictures
 
-    found_objects, record = [_as_coco(entry) for entry in objects], {"objects": objects}
-    result = Result.of_objects(found_objects, record=record, draw_pictures=draw)
+    result = Result.of_objects(annotations, record={"objects": objects}, draw_pictures=draw)
     return result
 
   def _draw_levels(self, image: Image, prepared: np.ndarray, boxes: np.ndarray) -> Picture:
@@ -100,12 +102,3 @@ class InstancePredictor(Predictor):
     batch = {"image": prepared[None], "query_position": center[None].astype(np.float32)}
     explanation = jax.device_get(jax.jit(self._task.explain)(self._trained.variables, batch))
     return self._task.draw_explanation(explanation).images["levels"]
-
-
-def _as_coco(entry: dict[str, Any]) -> dict[str, Any]:
-  category = {"category_id": entry["label"]} | {k: entry[k] for k in {"name"} & entry.keys()}
-  outline: dict[str, Any] = {}
-  if "mask" in entry:
-    area = int(run_lengths.area({**entry["mask"], "counts": entry["mask"]["counts"].encode()}))
-    outline = {"area": area, "segmentation": entry["mask"]}
-  return box_annotation(category, entry["box"], entry["score"], **outline)
