@@ -107,7 +107,7 @@ def test_dense_loss_ignores_padded_rows_and_sums_over_micro_batches():
 
 def test_dense_weight_without_dense_predictions_raises():
   with pytest.raises(ValueError, match=r"dense_weight.*dense_predictions"):
-    dense_auxiliary_loss({}, perfect_example()[0], weights=(1.0, 5.0, 2.0), no_object_weight=0.1)
+    dense_auxiliary_loss({}, perfect_example()[0], (1.0, 5.0, 2.0), 0.1)
 
 
 def test_dense_weight_decays_linearly():

@@ -4,7 +4,7 @@ Losses are per query, target or image: the task divides their sums by counts of 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,38 +15,34 @@ from vit_jax_zoo.ops.boxes import cxcywh_to_xyxy, generalized_iou, pairwise_gene
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.base import image_size, is_target, target_boxes
 
-FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # arXiv:1708.02002
+Logits: TypeAlias = Float[Array, "*b q k"]
+Boxes: TypeAlias = Float[Array, "*b q 4"]
+Labels: TypeAlias = Int[Array, "*b t"]
+TargetBoxes: TypeAlias = Float[Array, "*b t 4"]
+Weights: TypeAlias = tuple[
+  float | int, float | int, float | int
+]  # of class, L1 and generalised IoU
 
 
 def matching_cost(
-  logits: Float[Array, "*b q k"],
-  boxes_cxcywh: Float[Array, "*b q 4"],
-  labels: Int[Array, "*b t"],
-  target_boxes_cxcywh: Float[Array, "*b t 4"],
-  *,
-  weights: tuple[float | int, float | int, float | int],
+  logits: Logits, boxes: Boxes, labels: Labels, target_boxes: TargetBoxes, weights: Weights
 ) -> Float[Array, "*b q t"]:
   """Returns the cost of assigning target t to query q (L_match of Eq. 1).
 
-  The last logit is that of "no object"; labels out of range are clipped. `weights` are those of the
-  class probability, the boxes' L1 distance and their generalised IoU.
+  The last logit is that of "no object"; labels out of range are clipped. Boxes are cxcywh.
   """
   by_class, by_distance, by_overlap = weights
   index = jnp.clip(labels, 0, logits.shape[-1] - 1)[..., None, :]
-  index = jnp.broadcast_to(index, (*boxes_cxcywh.shape[:-1], labels.shape[-1]))
+  index = jnp.broadcast_to(index, (*boxes.shape[:-1], labels.shape[-1]))
   probability = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), index, axis=-1)
-  offset = boxes_cxcywh[..., :, None, :] - target_boxes_cxcywh[..., None, :, :]
+  offset = boxes[..., :, None, :] - target_boxes[..., None, :, :]
   distance = jnp.sum(jnp.abs(offset), axis=-1)
-  boxes, targets = cxcywh_to_xyxy(boxes_cxcywh), cxcywh_to_xyxy(target_boxes_cxcywh)
-  overlap = pairwise_generalized_iou(boxes, targets)
+  overlap = pairwise_generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
   return by_distance * distance - by_class * probability - by_overlap * overlap
 
 
 def class_losses(
-  logits: Float[Array, "*b q k"],
-  labels: Int[Array, "*b t"],
-  target_of_query: Int[Array, "*b q"],
-  no_object_weight: float,
+  logits: Logits, labels: Labels, target_of_query: Int[Array, "*b q"], no_object_weight: float
 ) -> tuple[Float[Array, "*b q"], Float[Array, "*b q"]]:
   """Returns the weighted cross-entropy of each query, and its weight (Eq. 2, first term)."""
   matched = target_of_query >= 0
@@ -57,15 +53,13 @@ def class_losses(
 
 
 def box_losses(
-  boxes_cxcywh: Float[Array, "*b q 4"],
-  target_boxes_cxcywh: Float[Array, "*b t 4"],
-  target_of_query: Int[Array, "*b q"],
+  boxes: Boxes, target_boxes: TargetBoxes, target_of_query: Int[Array, "*b q"]
 ) -> tuple[Float[Array, "*b q"], Float[Array, "*b q"]]:
   """Returns each query's L1 and generalised IoU loss, 0 without a target (L_box, L_iou; A.2)."""
   matched = target_of_query >= 0
-  targets = jnp.where(matched[..., None], take_targets(target_boxes_cxcywh, target_of_query), 0.5)
-  distance = jnp.sum(jnp.abs(boxes_cxcywh - targets), axis=-1)
-  overlap = generalized_iou(cxcywh_to_xyxy(boxes_cxcywh), cxcywh_to_xyxy(targets))
+  targets = jnp.where(matched[..., None], take_targets(target_boxes, target_of_query), 0.5)
+  distance = jnp.sum(jnp.abs(boxes - targets), axis=-1)
+  overlap = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets))
   return jnp.where(matched, distance, 0.0), jnp.where(matched, 1 - overlap, 0.0)
 
 
@@ -89,7 +83,7 @@ def mask_losses(
     logits = jnp.take_along_axis(mask_logits, index, axis=1)[:, 0]
     logits = jax.image.resize(logits, target.shape, "linear", antialias=False)
     # Lin et al., arXiv:1708.02002, Eq. 5, mean over pixels.
-    focal = optax.sigmoid_focal_loss(logits, target, alpha=FOCAL_ALPHA, gamma=FOCAL_GAMMA)
+    focal = optax.sigmoid_focal_loss(logits, target, alpha=0.25, gamma=2.0)
     focal, dice = jnp.mean(focal, axis=(-2, -1)), dice_loss(logits, target)
     return jnp.where(matched, focal, 0.0), jnp.where(matched, dice, 0.0)
 
@@ -106,17 +100,13 @@ def dice_loss(logits: Float[Array, "b h w"], targets: Float[Array, "b h w"]) -> 
 
 
 def dense_auxiliary_loss(
-  outputs: Mapping[str, Any],
-  batch: base.Batch,
-  *,
-  weights: tuple[float | int, float | int, float | int],
-  no_object_weight: float,
+  outputs: Mapping[str, Any], batch: base.Batch, weights: Weights, no_object_weight: float
 ) -> Float[Array, " b"]:
   """Returns each image's loss of the heads' predictions for the encoder's tokens. Not in the paper.
 
   The target of a token is the smallest box around its centre. Classes are averaged over tokens by
   their weights, boxes over the tokens with a target. `outputs` has `dense_logits` [b i j k] and
-  `dense_boxes_cxcywh` [b i j 4]; `weights` are of the class, the L1 and the generalised IoU loss.
+  `dense_boxes_cxcywh` [b i j 4].
   """
   if "dense_logits" not in outputs:
     raise ValueError("dense_weight: needs model.dense_predictions=True; set it, or dense_weight=0")
@@ -135,9 +125,7 @@ def dense_auxiliary_loss(
 
 
 def covering_target(
-  points: Float[Array, "b n 2"],
-  target_boxes_cxcywh: Float[Array, "b t 4"],
-  is_target: Bool[Array, "b t"],
+  points: Float[Array, "b n 2"], boxes_cxcywh: Float[Array, "b t 4"], is_target: Bool[Array, "b t"]
 ) -> Int[Array, "b n"]:
   """Returns the index of the smallest target around each point (x, y), -1 without one.
 
@@ -145,10 +133,10 @@ def covering_target(
   """
   if not is_target.shape[1]:
     return jnp.full(points.shape[:2], -1, jnp.int32)
-  offset = jnp.abs(points[:, :, None] - target_boxes_cxcywh[:, None, :, :2])
-  inside = jnp.all(offset <= 0.5 * target_boxes_cxcywh[:, None, :, 2:], axis=-1)
+  offset = jnp.abs(points[:, :, None] - boxes_cxcywh[:, None, :, :2])
+  inside = jnp.all(offset <= 0.5 * boxes_cxcywh[:, None, :, 2:], axis=-1)
   inside &= is_target[:, None]
-  area = jnp.prod(target_boxes_cxcywh[..., 2:], axis=-1)[:, None]
+  area = jnp.prod(boxes_cxcywh[..., 2:], axis=-1)[:, None]
   smallest = jnp.argmin(jnp.where(inside, area, jnp.inf), axis=-1)
   return jnp.where(jnp.any(inside, axis=-1), smallest, -1).astype(jnp.int32)
 

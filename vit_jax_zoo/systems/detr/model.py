@@ -6,9 +6,10 @@ slightly on the amount of padding. `masked_backbone` zeroes the padding after ev
 then has the predictions that it has without padding.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +58,13 @@ SHARDING_RULES = (
 )
 """Heads and hidden units over `model`, the other side of each matrix over `fsdp`."""
 
-POSITION_EMBEDDINGS = ("sine", "learned")
 MAX_LEARNED_POSITIONS = 50  # rows and columns of the learned tables
+
+Map: TypeAlias = Float[Array, "b h w d"]
+Keep: TypeAlias = Bool[Array, "b h w"]  # False in the padding
+Tokens: TypeAlias = Float[Array, "b n d"]
+Queries: TypeAlias = Float[Array, "b q d"]
+Mask: TypeAlias = Bool[Array, "b 1 1 n"]
 
 
 class Detr(nn.Module):
@@ -88,11 +94,7 @@ class Detr(nn.Module):
 
   @nn.compact
   def __call__(
-    self,
-    images: Float[Array, "b h w c"],
-    mask: Bool[Array, "b h w"] | None = None,
-    *,
-    train: bool = False,
+    self, images: Map, mask: Keep | None = None, *, train: bool = False
   ) -> dict[str, Array]:
     """Detects objects in normalised images; `mask` is False in their padding.
 
@@ -106,8 +108,8 @@ class Detr(nn.Module):
     init = {"kernel_init": pytorch_uniform(), "bias_init": pytorch_uniform(self.width)}
     dense = functools.partial(nn.Dense, **init)
     class_head = dense(self.num_classes + 1, name="class_head")
-    box_layers = [dense(n, name=f"box_head_{i}") for i, n in enumerate((self.width, self.width, 4))]
-    box_head = nn.Sequential([box_layers[0], nn.relu, box_layers[1], nn.relu, box_layers[2]])
+    layers = [dense(n, name=f"box_head_{i}") for i, n in enumerate((self.width, self.width, 4))]
+    box_head = nn.Sequential([layers[0], nn.relu, layers[1], nn.relu, layers[2]])
     transformer = self._transformer()
     normal, shape = nn.initializers.normal(1.0), (self.num_queries, self.width)
     queries = self.param("query_embedding", normal, shape, jnp.float32)
@@ -148,18 +150,17 @@ class Detr(nn.Module):
     reduced = [mask[:, ::stride, ::stride] for stride in (2, 4, 8, 16, 32)]
     return _MaskedResNet(**fields, keep={m.shape[1:]: m for m in reduced})(images, train=train)
 
-  def _projection(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-    init = {"kernel_init": pytorch_uniform(), "bias_init": pytorch_uniform(features.shape[-1])}
-    projection = nn.Conv(self.width, (1, 1), **init, dtype=self.dtype, name="input_projection")
-    return projection(features)
+  def _projection(self, x: Float[Array, "b h w c"]) -> Map:
+    init = {"kernel_init": pytorch_uniform(), "bias_init": pytorch_uniform(x.shape[-1])}
+    return nn.Conv(self.width, (1, 1), **init, dtype=self.dtype, name="input_projection")(x)
 
-  def _feature_mask(self, mask: Array, features: Array) -> Bool[Array, "b i j"]:
+  def _feature_mask(self, mask: Keep, features: Array) -> Bool[Array, "b i j"]:
     if self.masked_backbone:
       stride = (self.backbone or {}).get("output_stride", 32)
       return mask[:, ::stride, ::stride]
     return resize_nearest(mask[..., None], (features.shape[1], features.shape[2]))[..., 0]
 
-  def _positions(self, keep: Bool[Array, "b h w"]) -> Float[Array, "b h w d"]:
+  def _positions(self, keep: Keep) -> Map:
     if self.position_embedding == "sine":
       return sine_positions(keep, self.width).astype(self.dtype)
     half, (rows, columns) = self.width // 2, keep.shape[1:]
@@ -178,8 +179,8 @@ class Detr(nn.Module):
     fields = {name: getattr(self, name) for name in shared}
     encoder = functools.partial(EncoderLayer, **fields)
     fields |= part_fields("decoder", DecoderLayer, self.decoder)
-    decoder = functools.partial(DecoderLayer, **fields)
-    layers, depths = (encoder, decoder), (self.encoder_depth, self.decoder_depth)
+    layers = encoder, functools.partial(DecoderLayer, **fields)
+    depths = self.encoder_depth, self.decoder_depth
     return Transformer(*layers, *depths, self.remat, self.scan_layers, name="transformer")
 
 
@@ -194,19 +195,13 @@ class Transformer(nn.Module):
   decoder_layer: Callable[..., nn.Module]
   encoder_depth: int
   decoder_depth: int
-  remat: str = "none"
-  scan_layers: bool = True
+  remat: str
+  scan_layers: bool
 
   @nn.compact
   def __call__(
-    self,
-    features: Float[Array, "b h w d"],
-    positions: Float[Array, "b h w d"],
-    keep: Bool[Array, "b h w"],
-    queries: Float[Array, "q d"],
-    *,
-    train: bool,
-  ) -> tuple[Float[Array, "b h w d"], Float[Array, "l b q d"]]:
+    self, features: Map, positions: Map, keep: Keep, queries: Float[Array, "q d"], *, train: bool
+  ) -> tuple[Map, Float[Array, "l b q d"]]:
     """Returns the encoder's output, and all decoder layers', normalised; `keep` masks padding."""
     tokens = features.reshape(features.shape[0], -1, features.shape[-1])
     positions = positions.reshape(tokens.shape)
@@ -238,14 +233,14 @@ class _Layer(nn.Module):
   def _attend(
     self,
     name: str,
-    x: Float[Array, "b n d"],
-    position: Float[Array, "b n d"],
-    key: Float[Array, "b m d"],
-    value: Float[Array, "b m d"],
-    mask: Bool[Array, "b 1 1 m"] | None = None,
+    x: Queries,
+    position: Queries,
+    key: Tokens,
+    value: Tokens,
+    mask: Mask | None = None,
     *,
     train: bool,
-  ) -> Float[Array, "b n d"]:
+  ) -> Queries:
     """Returns x plus its attention with the query x + position, normalised."""
     # The official code initialises query, key and value as one [3d d] matrix: half the variance.
     attention = MultiHeadAttention(
@@ -261,7 +256,7 @@ class _Layer(nn.Module):
     attended = nn.Dropout(self.dropout_rate)(attended, deterministic=not train)
     return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=f"{name}_norm")(x + attended)
 
-  def _feed_forward(self, x: Float[Array, "b n d"], *, train: bool) -> Float[Array, "b n d"]:
+  def _feed_forward(self, x: Tokens, *, train: bool) -> Tokens:
     fan_in = {(self.mlp_dim,): x.shape[-1], (x.shape[-1],): self.mlp_dim}  # by shape of the bias
 
     def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> Array:
@@ -277,15 +272,10 @@ class EncoderLayer(_Layer):
 
   @nn.compact
   def __call__(
-    self,
-    x: Float[Array, "b n d"],
-    positions: Float[Array, "b n d"],
-    mask: Bool[Array, "b 1 1 n"],
-    *,
-    train: bool,
-  ) -> tuple[Float[Array, "b n d"], None]:
+    self, x: Tokens, position: Tokens, mask: Mask, *, train: bool
+  ) -> tuple[Tokens, None]:
     x = shard_batch(x)
-    x = self._attend("attention", x, positions, x + positions, x, mask, train=train)
+    x = self._attend("attention", x, position, x + position, x, mask, train=train)
     return self._feed_forward(x, train=train), None
 
 
@@ -294,24 +284,17 @@ class DecoderLayer(_Layer):
 
   @nn.compact
   def __call__(
-    self,
-    x: Float[Array, "b q d"],
-    queries: Float[Array, "b q d"],
-    memory: Float[Array, "b n d"],
-    positions: Float[Array, "b n d"],
-    mask: Bool[Array, "b 1 1 n"],
-    *,
-    train: bool,
-  ) -> tuple[Float[Array, "b q d"], Float[Array, "b q d"]]:
+    self, x: Queries, queries: Queries, memory: Tokens, position: Tokens, mask: Mask, *, train: bool
+  ) -> tuple[Queries, Queries]:
     x = shard_batch(x)
     x = self._attend("self_attention", x, queries, x + queries, x, train=train)
-    key = memory + positions
+    key = memory + position
     x = self._attend("cross_attention", x, queries, key, memory, mask, train=train)
     x = self._feed_forward(x, train=train)
     return x, x
 
 
-def sine_positions(keep: Bool[Array, "b h w"], width: int) -> Float[Array, "b h w d"]:
+def sine_positions(keep: Keep, width: int) -> Map:
   """Returns fixed position embeddings, normalised to the image where `keep` is True (section A.4).
 
   Half of the channels encode the row, then half the column, each as sines and cosines in turn of
@@ -340,12 +323,7 @@ class MaskAttention(nn.Module):
   dtype: Dtype = jnp.float32  # of the projections; the softmax is in float32
 
   @nn.compact
-  def __call__(
-    self,
-    queries: Float[Array, "b q d"],
-    memory: Float[Array, "b h w d"],
-    keep: Bool[Array, "b h w"],
-  ) -> Float[Array, "b q h w m"]:
+  def __call__(self, queries: Queries, memory: Map, keep: Keep) -> Float[Array, "b q h w m"]:
     """Returns the maps, 0 where `keep` is False."""
     heads = (self.num_heads, queries.shape[-1] // self.num_heads)
     init = nn.initializers.xavier_uniform()
@@ -365,12 +343,9 @@ class MaskHead(nn.Module):
 
   @nn.compact
   def __call__(
-    self,
-    projected: Float[Array, "b h w d"],
-    maps: Float[Array, "b q h w m"],
-    features: Sequence[Float[Array, "b _ _ _"]],
+    self, projected: Map, maps: Float[Array, "b q h w m"], features: Sequence[Array]
   ) -> Float[Array, "b q i j"]:
-    """Returns mask logits (float32) at the size of the finest of three `features`, the last."""
+    """Returns float32 mask logits at the size of the last, finest of three `features` [b _ _ _]."""
     batch, queries = maps.shape[:2]
     x = self._first(projected, maps)
     x = self._norm(1, x.reshape(batch * queries, *x.shape[2:]))
@@ -416,17 +391,16 @@ class MaskHead(nn.Module):
 class _MaskedResNet(ResNet):
   """A ResNet whose features are zero in the padding after every norm, as outside of the image."""
 
-  keep: Mapping[tuple[int, ...], Any] | None = None  # by size of the map
+  keep: Mapping[tuple[int, ...], Any] = dataclasses.field(default_factory=dict)  # by map size
 
   def _norm_factory(self) -> Callable[..., nn.Module]:
     make = super()._norm_factory()
-    keep = self.keep or {}
 
     def masked(**fields: Any) -> Callable[..., Array]:
       norm = make(**fields)
 
-      def call(x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w c"]:
-        return jnp.where(keep[x.shape[1:3]][..., None], norm(x, train=train), 0)
+      def call(x: Map, *, train: bool) -> Map:
+        return jnp.where(self.keep[x.shape[1:3]][..., None], norm(x, train=train), 0)
 
       return call
 
@@ -434,7 +408,7 @@ class _MaskedResNet(ResNet):
 
 
 def _check(model: Detr) -> None:
-  check_names("position_embedding", [model.position_embedding], POSITION_EMBEDDINGS)
+  check_names("position_embedding", [model.position_embedding], ("sine", "learned"))
   check_positive(model, "num_classes", "num_queries", "encoder_depth", "decoder_depth")
   check_positive(model, "width", "num_heads", "mlp_dim")
   check_rates(model, "dropout_rate")

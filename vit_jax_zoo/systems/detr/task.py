@@ -133,9 +133,8 @@ class Detection(base.Task):
       terms |= self._mask_losses(outputs, batch, matching, context.normalizers["boxes"])
     count = context.normalizers["examples"]
     if self.dense_weight:
-      sums = losses.dense_auxiliary_loss(
-        outputs, batch, weights=self._matching_weights, no_object_weight=self.no_object_weight
-      )
+      weights = self._matching_weights, self.no_object_weight
+      sums = losses.dense_auxiliary_loss(outputs, batch, *weights)
       terms["dense_loss"] = jnp.sum(jnp.where(mask, sums, 0.0)) / count
     loss = sum(self._weight(name, context.step) * value for name, value in terms.items())
     labels = jnp.asarray(batch["labels"])
@@ -238,7 +237,7 @@ class Detection(base.Task):
       jnp.broadcast_to(x[:, None], (len(x), logits.shape[1], *x.shape[1:]))
       for x in (jnp.asarray(batch["labels"]), target_boxes(batch), is_target(batch))
     )
-    cost = losses.matching_cost(logits, boxes, labels, targets, weights=self._matching_weights)
+    cost = losses.matching_cost(logits, boxes, labels, targets, self._matching_weights)
     matching = match(cost, real)
     of_query = matching.target_of_query
     class_loss, _ = losses.class_losses(logits, labels, of_query, self.no_object_weight)
