@@ -1,14 +1,12 @@
 """Range checks of the fields of models and tasks."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
 def check_positive(owner: Any, *fields: str, hint: str = "") -> None:
   """Raises ValueError for the first number, or tuple of numbers, not positive; None is valid."""
-  for field in fields:
-    value = getattr(owner, field)
-    if not _is_positive(value):
-      raise ValueError(f"{field}: {value}; expected a positive number{hint}")
+  _check(owner, fields, _is_positive, f"a positive number{hint}")
 
 
 def _is_positive(value: Any) -> bool:
@@ -19,23 +17,23 @@ def _is_positive(value: Any) -> bool:
 
 def check_not_negative(owner: Any, *fields: str) -> None:
   """Raises ValueError for the first field that is negative; None is valid."""
-  for field in fields:
-    if (value := getattr(owner, field)) is not None and value < 0:
-      raise ValueError(f"{field}: {value}; expected a number of at least 0")
+  _check(owner, fields, lambda x: x is None or not x < 0, "a number of at least 0")
 
 
 def check_rates(owner: Any, *fields: str) -> None:
   """Raises ValueError for the first field that is not in [0, 1)."""
-  for field in fields:
-    if not 0 <= (value := getattr(owner, field)) < 1:
-      raise ValueError(f"{field}: {value}; expected a number in [0, 1)")
+  _check(owner, fields, lambda x: 0 <= x < 1, "a number in [0, 1)")
 
 
 def check_fractions(owner: Any, *fields: str) -> None:
   """Raises ValueError for the first field that is not in [0, 1]."""
+  _check(owner, fields, lambda x: 0 <= x <= 1, "a number in [0, 1]")
+
+
+def _check(owner: Any, fields: Iterable[str], is_valid: Callable[[Any], bool], what: str) -> None:
   for field in fields:
-    if not 0 <= (value := getattr(owner, field)) <= 1:
-      raise ValueError(f"{field}: {value}; expected a number in [0, 1]")
+    if not is_valid(value := getattr(owner, field)):
+      raise ValueError(f"{field}: {value}; expected {what}")
 
 
 def check_num_classes(model: Any) -> None:

@@ -4,11 +4,12 @@ XLA's cost analysis counts the body of a loop once; here a scan counts its lengt
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 
 def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
@@ -20,45 +21,34 @@ def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
   conditional as its most expensive branch. Arguments are arrays or `jax.ShapeDtypeStruct`s.
   ValueError for matrix products in a while loop.
   """
-  return jaxpr_flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
+  return _jaxpr_flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
 
 
-def jaxpr_flops(jaxpr: Any) -> int:
-  """Returns the FLOPs of a jaxpr; see `count_flops`."""
+def _jaxpr_flops(jaxpr: Any) -> int:
   return sum(_equation_flops(equation) for equation in jaxpr.eqns)
 
 
 def _equation_flops(equation: Any) -> int:
-  name = equation.primitive.name
+  name, params = equation.primitive.name, equation.params
   if name == "dot_general":
-    return _dot_flops(equation)
+    (contracted, _), _ = params["dimension_numbers"]
+    sides = [equation.invars[0].aval.shape[axis] for axis in contracted]
+    return 2 * math.prod((*equation.outvars[0].aval.shape, *sides))
   if name == "conv_general_dilated":
     return _convolution_flops(equation)
-  inner = [jaxpr_flops(jaxpr) for jaxpr in _inner_jaxprs(equation.params)]
-  if name == "cond":
-    return max(inner)
-  if name == "while" and sum(inner):
-    raise ValueError("while loop: FLOPs unknown; expected jax.lax.scan or fori_loop")
-  times = {
-    "scan": lambda params: params["length"],
-    "pallas_call": lambda params: math.prod(params["grid_mapping"].grid),
-    "shard_map": lambda params: params["mesh"].size,  # its shapes are those of one device
-  }
-  return sum(inner) * (times[name](equation.params) if name in times else 1)
-
-
-def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
-  for value in params.values():
-    for item in value if isinstance(value, (tuple, list)) else (value,):
-      jaxpr = getattr(item, "jaxpr", item)  # a ClosedJaxpr wraps one
-      if hasattr(jaxpr, "eqns"):
-        yield jaxpr
-
-
-def _dot_flops(equation: Any) -> int:
-  (contracted, _), _ = equation.params["dimension_numbers"]
-  left = equation.invars[0].aval.shape
-  return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+  inner = [_jaxpr_flops(jaxpr) for jaxpr in jaxprs_in_params(params)]
+  match name:
+    case "cond":
+      return max(inner)
+    case "scan":
+      return params["length"] * sum(inner)
+    case "pallas_call":
+      return math.prod(params["grid_mapping"].grid) * sum(inner)
+    case "shard_map":  # its shapes are those of one device
+      return params["mesh"].size * sum(inner)
+    case "while" if sum(inner):
+      raise ValueError("while loop: FLOPs unknown; expected jax.lax.scan or fori_loop")
+  return sum(inner)
 
 
 def _convolution_flops(equation: Any) -> int:

@@ -16,8 +16,16 @@ def normalize_images(
   Runs inside the jitted step: images are transferred to the device as uint8. `mean` and `std` have
   one value, or one per channel; else ValueError.
   """
-  center = 255.0 * _per_channel("mean", mean, images.shape[-1])
-  scale = 255.0 * _per_channel("std", std, images.shape[-1])
+  channels = images.shape[-1]
+
+  def per_channel(name: str, value: float | Sequence[float]) -> Float[Array, "1 1 1 #c"]:
+    array = jnp.asarray(value, jnp.float32)
+    if array.ndim > 1 or array.size not in (1, channels):
+      given = f"{array.size} values for images with {channels} channels"
+      raise ValueError(f"image_{name}: {given}; expected one or {channels}")
+    return array.reshape(1, 1, 1, -1)
+
+  center, scale = 255.0 * per_channel("mean", mean), 255.0 * per_channel("std", std)
   return (images.astype(jnp.float32) - center) / scale
 
 
@@ -34,13 +42,3 @@ def pad_images(images: Shaped[Array, "b h w c"], multiple: int) -> Shaped[Array,
   """Pads with zeros at the right and bottom to multiples of a number."""
   below, right = (-side % multiple for side in images.shape[1:3])
   return jnp.pad(images, ((0, 0), (0, below), (0, right), (0, 0)))
-
-
-def _per_channel(
-  name: str, value: float | Sequence[float], channels: int
-) -> Float[Array, "1 1 1 #c"]:
-  array = jnp.asarray(value, jnp.float32)
-  if array.ndim > 1 or array.size not in (1, channels):
-    given = f"{array.size} values for images with {channels} channels"
-    raise ValueError(f"image_{name}: {given}; expected one or {channels}")
-  return array.reshape(1, 1, 1, -1)

@@ -1,7 +1,7 @@
 """Pasting of box masks into images; numpy, on the host."""
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 
 def paste_masks(
@@ -17,53 +17,44 @@ def paste_masks(
   the mask at pixel centres (Detectron2). "detectron" expands boxes by one mask pixel of zeros, then
   to whole pixels; "torchvision" does the same with inclusive right and bottom.
   """
+  is_exact = convention == "exact"
+  place = _place_exactly if is_exact else _place_rounded
   pasted = np.zeros((len(masks), *image_size), bool)
   for mask, box, canvas in zip(masks, boxes_xyxy.astype(np.float64), pasted, strict=True):
-    if convention == "exact":
-      _paste_exactly(mask, box, canvas)
-    else:
-      inclusive = box - np.array([0, 0, 1, 1]) if convention == "detectron" else box
-      _paste_rounded(mask, inclusive, canvas)
+    if not np.isfinite(box).all():
+      continue
+    if convention == "detectron":
+      box = box - np.array([0, 0, 1, 1])
+    padded = mask if is_exact else np.pad(mask, 1)
+    rows, by_row = place(box[1], box[3], len(padded), image_size[0])
+    columns, by_column = place(box[0], box[2], len(padded), image_size[1])
+    values = by_row @ padded @ by_column.T
+    canvas[np.ix_(rows, columns)] = values >= 0.5 if is_exact else values > 0.5
   return pasted
 
 
-def _paste_exactly(
-  mask: Float[np.ndarray, "m m"], box: Float[np.ndarray, " 4"], canvas: Bool[np.ndarray, "h w"]
-) -> None:
-  matrices, spans = [], []
-  for axis, limit in ((1, canvas.shape[0]), (0, canvas.shape[1])):
-    low, high = box[axis], box[axis + 2]
-    # The interpolated edge extends half a mask pixel beyond the box.
-    border = 0.5 * (high - low) / len(mask)
-    if not np.isfinite([low, high]).all() or high <= low:
-      return
-    first = int(np.clip(np.floor(low - border), 0, limit))
-    last = int(np.clip(np.ceil(high + border), 0, limit))
-    at = (np.arange(first, last) + 0.5 - low) / (high - low) * len(mask) - 0.5
-    matrices.append(_interpolation(at, len(mask)))
-    spans.append(slice(first, last))
-  canvas[spans[0], spans[1]] = matrices[0] @ mask @ matrices[1].T >= 0.5
+def _place_exactly(
+  low: float, high: float, side: int, limit: int
+) -> tuple[Int[np.ndarray, " p"], Float[np.ndarray, "p side"]]:
+  """Returns an axis's pixels, of `limit`, in a mask, and the matrix that interpolates it there."""
+  if high <= low:
+    return np.arange(0), np.zeros((0, side))
+  border = 0.5 * (high - low) / side  # the interpolated edge extends half a mask pixel beyond
+  first, last = np.clip([np.floor(low - border), np.ceil(high + border)], 0, limit).astype(int)
+  pixels = np.arange(first, last)
+  return pixels, _interpolation((pixels + 0.5 - low) / (high - low) * side - 0.5, side)
 
 
-def _paste_rounded(
-  mask: Float[np.ndarray, "m m"], box: Float[np.ndarray, " 4"], canvas: Bool[np.ndarray, "h w"]
-) -> None:
-  if not np.isfinite(box).all():
-    return
-  side = len(mask) + 2
-  padded = np.pad(mask, 1)
-  low, high = box[:2], box[2:]
-  half = 0.5 * (high - low) * side / len(mask)
-  center = 0.5 * (low + high)
-  first, last = np.trunc(center - half).astype(int), np.trunc(center + half).astype(int)
-  matrices, spans = [], []
-  for axis, limit in ((1, canvas.shape[0]), (0, canvas.shape[1])):
-    length = max(last[axis] - first[axis] + 1, 1)
-    span = np.arange(max(first[axis], 0), max(min(first[axis] + length, limit), 0))
-    at = (span - first[axis] + 0.5) * side / length - 0.5
-    matrices.append(_interpolation(np.clip(at, 0, side - 1), side))
-    spans.append(span)
-  canvas[np.ix_(spans[0], spans[1])] = matrices[0] @ padded @ matrices[1].T > 0.5
+def _place_rounded(
+  low: float, high: float, side: int, limit: int
+) -> tuple[Int[np.ndarray, " p"], Float[np.ndarray, "p side"]]:
+  """The same, with the box expanded to whole pixels; `side` includes the border of zeros."""
+  half, center = 0.5 * (high - low) * side / (side - 2), 0.5 * (low + high)
+  first, last = int(center - half), int(center + half)
+  length = max(last - first + 1, 1)
+  pixels = np.arange(max(first, 0), max(min(first + length, limit), 0))
+  at = (pixels - first + 0.5) * side / length - 0.5
+  return pixels, _interpolation(np.clip(at, 0, side - 1), side)
 
 
 def _interpolation(at: Float[np.ndarray, " p"], side: int) -> Float[np.ndarray, "p side"]:
