@@ -82,20 +82,19 @@ def found_segments(
   predictions: Mapping[str, Any],
   row: int,
   stuff_from: int,
-  *,
-  threshold: float = SCORE_THRESHOLD,
+  threshold: float,
 ) -> Segmentation:
   """Returns an image's predicted segments, of queries above the threshold, in original pixels."""
   padded = batch["image"].shape[1:3]
-  shown = np.asarray(batch["image_size"][row]) if "image_size" in batch else padded
+  height, width = batch["image_size"][row] if "image_size" in batch else padded
   selected = np.asarray(predictions["is_object"][row], bool)
   selected = selected & (np.asarray(predictions["scores"][row]) > threshold)
   return segment(
     np.asarray(predictions["mask_logits"][row], np.float32)[selected],
     np.asarray(predictions["labels"][row])[selected].astype(np.int64),
     stuff_from,
-    padded_size=(int(padded[0]), int(padded[1])),
-    image_size=(int(shown[0]), int(shown[1])),
+    padded_size=padded,
+    image_size=(int(height), int(width)),
     size=original_size(batch, row),
   )
 
@@ -125,21 +124,19 @@ class PanopticQuality:
     pairs = (rows * shape[1] + columns).ravel()
     shared = np.bincount(pairs, minlength=shape[0] * shape[1]).reshape(shape)
     crowds = np.zeros(len(truth.labels), bool) if truth.is_crowd is None else truth.is_crowd
-    truth_area, found_area = shared.sum(axis=1), shared.sum(axis=0)
-    void = shared[-1]
-    union = truth_area[:-1, None] + (found_area - void)[None, :-1] - shared[:-1, :-1]
-    iou = shared[:-1, :-1] / np.maximum(union, 1)
-    same_class = (truth.labels[:, None] == found.labels[None]) & ~crowds[:, None]
-    rows, columns = np.nonzero(same_class & (iou > 0.5))
+    truth_area, found_area = shared.sum(axis=1)[:-1], shared.sum(axis=0)[:-1]
+    void, shared = shared[-1, :-1], shared[:-1, :-1]
+    iou = shared / np.maximum(truth_area[:, None] + (found_area - void)[None] - shared, 1)
+    same_class = truth.labels[:, None] == found.labels[None]
+    rows, columns = np.nonzero(same_class & ~crowds[:, None] & (iou > 0.5))
     np.add.at(self.true_positives, truth.labels[rows], 1)
     np.add.at(self.iou, truth.labels[rows], iou[rows, columns])
 
-    missed = ~crowds & (truth_area[:-1] > 0)
+    missed = ~crowds & (truth_area > 0)
     missed[rows] = False
     np.add.at(self.false_negatives, truth.labels[missed], 1)
-    crowd = crowds[:, None] & (truth.labels[:, None] == found.labels[None])
-    excused = void[:-1] + (shared[:-1, :-1] * crowd).sum(axis=0)
-    false = (found_area[:-1] > 0) & (excused <= 0.5 * found_area[:-1])
+    excused = void + (shared * (same_class & crowds[:, None])).sum(axis=0)
+    false = (found_area > 0) & (excused <= 0.5 * found_area)
     false[columns] = False
     np.add.at(self.false_positives, found.labels[false], 1)
 
@@ -184,14 +181,13 @@ class PanopticEvaluator(InstanceEvaluator):
     `segment_map` int [b h w] is the target's index at each pixel, of the original image, or `VOID`.
     """
     super().add(batch, predictions)
-    stuff_from, threshold = self.stuff_from, self.score_threshold
     for row in real_rows(batch, len(batch["image"])).tolist():
       if "image_id" in batch:
         number = int(batch["image_id"][row])
         if number in self.image_ids:
           continue
         self.image_ids.add(number)
-      found = found_segments(batch, predictions, row, stuff_from, threshold=threshold)
+      found = found_segments(batch, predictions, row, self.stuff_from, self.score_threshold)
       self.quality.add(true_segments(batch, row), found)
 
   def _merge(self, other: Any) -> None:

@@ -64,10 +64,11 @@ class DetectionPredictor(Predictor):
     predict = self._predict_padded if "is_rounded" in batch else self._predict
     inputs = {key: value for key, value in batch.items() if key != "is_rounded"}
     found = jax.device_get(predict(self._trained.variables, inputs))
-    rows = (
-      [{k: x[[i]] for k, x in part.items()} for part in (inputs, found)] for i in range(len(images))
-    )
-    return [self._result(image, *row) for image, row in zip(images, rows, strict=True)]
+    results = []
+    for i, image in enumerate(images):
+      row = ({key: x[[i]] for key, x in part.items()} for part in (inputs, found))
+      results.append(self._result(image, *row))
+    return results
 
   def _result(self, image: Image, batch: dict[str, Any], found: dict[str, np.ndarray]) -> Result:
     """Returns the result of an image; `batch` and `found` have one row."""
@@ -86,14 +87,18 @@ class DetectionPredictor(Predictor):
       ]
       is_given = "threshold" in self._options.given
       least = threshold if is_given else self._task.segment_threshold
-      segmentation = found_segments(batch, found, 0, self._stuff_from, threshold=least)
+      segmentation = found_segments(batch, found, 0, self._stuff_from, least)
       segments = segmentation.segment_map
       more = {"segments_info": self._segments_info(segmentation)}
     objects = [
-      box_annotation(self._category(int(label)), box.tolist(), float(score), **outline)
+      box_annotation({"category_id": int(label), **self.named(label)}, box, float(score), **outline)
       for label, box, score, outline in zip(labels, boxes, scores, outlines, strict=True)
     ]
-    attention = _without_padding(found["attention"], batch) if self._options.explain else None
+    attention = None
+    if self._options.explain:  # without the cells in the padding
+      sizes = batch["image_size"][0], found["attention"].shape[2:], batch["image"].shape[1:3]
+      rows, columns = (-(-int(side) * n // padded) for side, n, padded in zip(*sizes, strict=True))
+      attention = found["attention"][:, :, :rows, :columns]
     queries = {key: found[key] for key in ("boxes_xyxy", "labels", "scores")}
 
     def draw() -> dict[str, Picture]:
@@ -121,9 +126,6 @@ class DetectionPredictor(Predictor):
     step = max(stride, 2 ** side.bit_length() // 16)
     return -(-side // step) * step
 
-  def _category(self, label: int) -> dict[str, Any]:
-    return {"category_id": label, **self.named(label)}
-
   def _segments_info(self, segments: Segmentation) -> list[dict[str, Any]]:
     info = []
     for index, label in enumerate(segments.labels):
@@ -131,13 +133,7 @@ class DetectionPredictor(Predictor):
       if len(rows):
         left, top = float(columns.min()), float(rows.min())
         bbox = [left, top, columns.max() + 1 - left, rows.max() + 1 - top]
-        entry = {**self._category(int(label)), "area": len(rows), "bbox": bbox}
-        info.append({"id": index + 1, **entry, "isthing": int(label < self._stuff_from)})
+        entry = {"id": index + 1, "category_id": int(label), **self.named(label)}
+        is_thing = int(label < self._stuff_from)
+        info.append({**entry, "area": len(rows), "bbox": bbox, "isthing": is_thing})
     return info
-
-
-def _without_padding(attention: np.ndarray, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-  """Removes the cells [b q i j] in the padding of the batch's only image."""
-  sides = zip(batch["image_size"][0], attention.shape[2:], batch["image"].shape[1:3], strict=True)
-  rows, columns = (-(-int(side) * cells // padded) for side, cells, padded in sides)
-  return attention[:, :, :rows, :columns]

@@ -75,9 +75,9 @@ class Detection(base.Task):
     check_positive(self, "num_classes", "dense_steps")
     check_not_negative(self, *weights)
     check_fractions(self, "score_threshold", "segment_threshold")
-    names, most = len(self.class_names), self.num_classes
-    if names > most:
-      raise ValueError(f"class_names: {names} are given; expected at most num_classes={most}")
+    if (names := len(self.class_names)) > self.num_classes:
+      most = f"expected at most num_classes={self.num_classes}"
+      raise ValueError(f"class_names: {names} are given; {most}")
 
   def check_data(self, info: Any) -> list[str]:
     count, queries = info.max_objects or 0, self.model.num_queries
@@ -160,9 +160,8 @@ class Detection(base.Task):
     outputs, sown = self.model.apply(variables, *inputs, train=False, mutable=mutable)
     probabilities = jax.nn.softmax(self._logits(outputs), axis=-1)
     scores = jnp.max(probabilities[..., :-1], axis=-1)
-    size = batch.get("original_size", image_size(batch))
-    height, width = jnp.asarray(size, jnp.float32).T[:, :, None, None]
-    scale = jnp.concatenate([width, height, width, height], axis=-1)
+    size = jnp.asarray(batch.get("original_size", image_size(batch)), jnp.float32)
+    scale = jnp.tile(size[:, None, ::-1], (1, 1, 2))
     predictions = {
       "scores": scores,
       "labels": jnp.argmax(probabilities[..., :-1], axis=-1).astype(jnp.int32),
@@ -200,12 +199,9 @@ class Detection(base.Task):
     if self.draw_attention:
       figures["attention"] = draw_query_attention(*drawn, threshold=threshold)
     if self.stuff_from is not None:
-      rows, given = draw.real_rows(batch)[:4], (batch, predictions)
+      rows, limits = draw.real_rows(batch)[:4], (self.stuff_from, self.segment_threshold)
       truths = [panoptic.true_segments(batch, row) for row in rows]
-      found = [
-        panoptic.found_segments(*given, row, self.stuff_from, threshold=self.segment_threshold)
-        for row in rows
-      ]
+      found = [panoptic.found_segments(batch, predictions, row, *limits) for row in rows]
       images = [draw.image_of(batch, row) for row in rows]
       figures["segments"] = draw_segments(truths, found, images, self.class_names)
     return figures

@@ -45,20 +45,17 @@ def _side(side: str, attentions: Mapping[str, str]) -> list[Row]:
   return layouts.block_rows(theirs, ours, attentions, norms=norms, qkv="{p}_proj.{leaf}", mlp=mlp)
 
 
-# Learned positions: of transformers 5, then of its version 4.
-_POSITION_ROWS = [
-  Row(f"model.{place}.{axis}_embeddings.weight", f"{axis}_embedding")
-  for place in ("position_embedding", "backbone.position_embedding")
-  for axis in ("row", "column")
-]
-
-
 def table(*, timm: bool, masks: bool) -> tuple[Row, ...]:
   """Returns the rows of files with timm's or transformers' backbone, with or without mask head."""
   layout = resnet.TORCHVISION if timm else resnet.HUGGING_FACE
   rows = (
     *resnet.rows(layout, _BACKBONE, "backbone/"),
-    *_POSITION_ROWS,
+    # Learned positions: of transformers 5, then of its version 4.
+    *(
+      Row(f"model.{place}.{axis}_embeddings.weight", f"{axis}_embedding")
+      for place in ("position_embedding", "backbone.position_embedding")
+      for axis in ("row", "column")
+    ),
     *layouts.layer_rows("model.input_projection", "input_projection", layouts.CONVOLUTION),
     Row("model.query_position_embeddings.weight", "query_embedding"),
     *_side("encoder", {"self_attn": "attention"}),
@@ -76,7 +73,7 @@ def is_of(published: Mapping[str, np.ndarray]) -> bool:
 
 
 def _prefix(published: Mapping[str, np.ndarray]) -> str:
-  return "detr." if "detr.class_labels_classifier.weight" in published else ""
+  return official.prefix_of(published, "class_labels_classifier.weight")
 
 
 def _has_timm_keys(published: Mapping[str, np.ndarray]) -> bool:
@@ -94,10 +91,13 @@ def infer_fields(
   hidden = f"{prefix}model.{{side}}.layers.{{i}}.fc1.weight"
   class_head = f"{prefix}class_labels_classifier.weight"
   queries = f"{prefix}model.query_position_embeddings.weight"
-  fields, *mlp_dims = official.infer_sizes(published, class_head, queries, hidden)
+  # DC5 is `dilation` in transformers 4, `output_stride` in version 5.
+  given = config.get("backbone_kwargs") or config.get("backbone_config") or {}
+  stride = 16 if config.get("dilation") else given.get("output_stride") or 32
+  fields, mlp_dims = official.infer_sizes(published, class_head, queries, hidden)
   encoder, decoder = (
     {"num_heads": config.get(f"{side}_attention_heads", 8), "mlp_dim": mlp_dim}
-    for side, mlp_dim in zip(("encoder", "decoder"), mlp_dims, strict=True)
+    for side, mlp_dim in mlp_dims.items()
   )
   return {
     **fields,
@@ -105,16 +105,8 @@ def infer_fields(
     "decoder": {key: n for key, n in decoder.items() if n != encoder[key]} or None,
     "dropout_rate": float(config.get("dropout", 0.1)),
     "position_embedding": config.get("position_embedding_type", "sine"),
-    "backbone": {**backbone, "output_stride": _output_stride(config)},
+    "backbone": {**backbone, "output_stride": stride},
   }
-
-
-def _output_stride(config: Mapping[str, Any]) -> int:
-  """Returns 16 for DC5: `dilation` in transformers 4, `output_stride` in version 5."""
-  if config.get("dilation"):
-    return 16
-  backbone = config.get("backbone_kwargs") or config.get("backbone_config") or {}
-  return backbone.get("output_stride") or 32
 
 
 def read_checkpoint(published: Published) -> Checkpoint:

@@ -26,7 +26,6 @@ from vit_jax_zoo.weights.torch_layouts import join_qkv, split_qkv
 
 _BODY = "backbone.0.body."
 _FUSED = re.compile(r".*\.in_proj_(weight|bias)")
-_MASK_PREFIXES = ("mask_head/", "mask_attention/")
 _OTHER_ARCHITECTURES = {
   "ca_qcontent_proj": "Conditional DETR",
   "level_embed": "Deformable DETR",
@@ -39,19 +38,15 @@ _OTHER_ARCHITECTURES = {
 
 def _side(side: str, attentions: Mapping[str, str]) -> list[Row]:
   theirs, ours = f"transformer.{side}.layers.{{i}}", f"transformer/{side}_{{i}}"
-  norms, mlp = ("norm1", "norm2", "norm3")[: len(attentions) + 1], ("linear1", "linear2")
-  return layouts.block_rows(
-    theirs, ours, attentions, norms=norms, qkv="in_proj_{leaf}[{part}]", mlp=mlp
-  )
+  norms = ("norm1", "norm2", "norm3")[: len(attentions) + 1]
+  names: Any = {"norms": norms, "qkv": "in_proj_{leaf}[{part}]", "mlp": ("linear1", "linear2")}
+  return layouts.block_rows(theirs, ours, attentions, **names)
 
 
+_HEADS = layouts.TO_HEADS, layouts.HEADS_BIAS
 _MASK_ROWS = (
-  *layouts.layer_rows(
-    "bbox_attention.q_linear", "mask_attention/query", layouts.TO_HEADS, layouts.HEADS_BIAS
-  ),
-  *layouts.layer_rows(
-    "bbox_attention.k_linear", "mask_attention/key", layouts.TO_HEADS, layouts.HEADS_BIAS
-  ),
+  *layouts.layer_rows("bbox_attention.q_linear", "mask_attention/query", *_HEADS),
+  *layouts.layer_rows("bbox_attention.k_linear", "mask_attention/key", *_HEADS),
   Row("mask_head.lay1.weight", "mask_head/conv1_kernel", layouts.CONVOLUTION),
   Row("mask_head.lay1.bias", "mask_head/conv1_bias"),
   *layouts.layer_rows("mask_head.lay{i}", "mask_head/conv{i}", layouts.CONVOLUTION),
@@ -100,10 +95,11 @@ def check_architecture(published: Iterable[str], source: str) -> None:
 def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
   """Returns a `Detr`'s fields; WeightsError for other models, KeyError for a missing array."""
   check_architecture(published, source)
-  prefix = _prefix(published)
+  prefix = prefix_of(published, "class_embed.weight")
   hidden = f"{prefix}transformer.{{side}}.layers.{{i}}.linear1.weight"
   names = f"{prefix}class_embed.weight", f"{prefix}query_embed.weight"
-  fields, encoder, decoder = infer_sizes(published, *names, hidden)
+  fields, mlp_dims = infer_sizes(published, *names, hidden)
+  encoder, decoder = mlp_dims.values()
   first = published.get("mask_head.lay1.weight")
   backbone = resnet.infer_fields(published, resnet.TORCHVISION, source, f"{prefix}{_BODY}")
   learned = f"{prefix}backbone.1.row_embed.weight" in published
@@ -119,47 +115,48 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
 
 def infer_sizes(
   published: Mapping[str, np.ndarray], class_head: str, queries: str, hidden: str
-) -> tuple[dict[str, Any], int, int]:
-  """Returns the fields of a `Detr` that shapes and keys determine, and both sides' MLP widths.
+) -> tuple[dict[str, Any], dict[str, int]]:
+  """Returns the fields of a `Detr` that shapes and keys determine, and the MLPs' widths by side.
 
   `hidden` is the key of an MLP's first kernel, with {side} and {i} for the layer.
   """
   classes, width = published[class_head].shape
-  first = {side: published[hidden.format(side=side, i=0)] for side in ("encoder", "decoder")}
-  keys = ((hidden.format(side=side, i=i) for i in itertools.count()) for side in first)
-  depths = (sum(1 for _ in itertools.takewhile(published.__contains__, k)) for k in keys)
   fields = {
     "num_classes": classes - 1,
     "num_queries": len(published[queries]),
     "width": width,
-    **dict(zip(("encoder_depth", "decoder_depth"), depths, strict=True)),
     "mask_head": "mask_head.lay1.weight" in published,
   }
-  return fields, len(first["encoder"]), len(first["decoder"])
+  mlp_dims = {}
+  for side in ("encoder", "decoder"):
+    mlp_dims[side] = len(published[hidden.format(side=side, i=0)])
+    keys = (hidden.format(side=side, i=i) for i in itertools.count())
+    fields[f"{side}_depth"] = next(i for i, key in enumerate(keys) if key not in published)
+  return fields, mlp_dims
 
 
-def _prefix(published: Mapping[str, np.ndarray]) -> str:
-  return "detr." if "detr.class_embed.weight" in published else ""
+def prefix_of(published: Mapping[str, np.ndarray], key: str) -> str:
+  """Returns the prefix of the detector's keys, of which `key` is one."""
+  return "detr." if f"detr.{key}" in published else ""
 
 
 def checkpoint_fields(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
   """Returns the fields of `Checkpoint` that the official and Hugging Face's format share."""
-  is_coco_panoptic = fields["mask_head"] and fields["num_classes"] == 250
-  counters = (rf".*\.{layouts.COUNTER}",)
+  has_masks, counters = fields["mask_head"], (rf".*\.{layouts.COUNTER}",)
   return {
     "family": "detr",
     "fields": fields,
     "task": "detection",
-    "task_fields": {"stuff_from": 91} if is_coco_panoptic else {},
+    "task_fields": {"stuff_from": 91} if has_masks and fields["num_classes"] == 250 else {},
     "ignore": (*counters, r"bbox_attention\..*", r"mask_head\..*") if prefix else counters,
-    "heads": ("class_head/",) if fields["mask_head"] else ("class_head/", *_MASK_PREFIXES),
+    "heads": ("class_head/", *(() if has_masks else ("mask_head/", "mask_attention/"))),
   }
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
   """Reads a `.pth` file of the official code, or its arrays as safetensors."""
   fields = infer_fields(published.arrays, published.file.name)
-  prefix = _prefix(published.arrays)
+  prefix = prefix_of(published.arrays, "class_embed.weight")
   return Checkpoint(
     source=published.path,
     arrays=split_qkv(published.arrays, _FUSED),
@@ -179,8 +176,8 @@ def write_checkpoint(path: str, export: Pretrained) -> None:
   """Writes a safetensors file, or `{"model": state_dict}` for the official code (needs torch)."""
   fields = export.fields()
   resnet.check_plain(fields, "the official code")
-  given = {} if fields["mask_head"] else {"num_heads": (fields["num_heads"], 8)}
-  others = [f"{k}={v} (read as {read})" for k, (v, read) in given.items() if v != read]
+  heads = 8 if fields["mask_head"] else fields["num_heads"]
+  others = [f"num_heads={heads} (read as 8)"] if heads != 8 else []
   export.warn_not_stored(path, DETECTION, *others)
   write_state_dict(path, state_dict(export.variables), wrapper="model")
 
