@@ -10,10 +10,18 @@ from vit_jax_zoo.systems.detr.panoptic import (
   PanopticEvaluator,
   PanopticQuality,
   Segmentation,
-  segment,
+  found_segments,
 )
 
 STUFF_FROM = 5  # of the fixture
+
+
+def segment(logits, labels, stuff_from, *, padded_size, image_size, size):
+  """Returns the segments of queries with these mask logits and labels."""
+  batch = {"image": np.zeros((1, *padded_size, 3)), "image_size": [image_size]}
+  predictions = {"mask_logits": logits, "labels": labels, "scores": np.ones(len(labels))}
+  predictions = {k: v[None] for k, v in predictions.items()} | {"is_object": [labels >= 0]}
+  return found_segments(batch | {"original_size": [size]}, predictions, 0, stuff_from, 0.5)
 
 
 def softmax(logits):

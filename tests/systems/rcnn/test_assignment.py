@@ -7,6 +7,7 @@ import pytest
 
 from vit_jax_zoo.systems.rcnn.boxes import (
   Assignment,
+  Targets,
   assign_anchors,
   assign_proposals,
   sample_boxes,
@@ -18,6 +19,11 @@ def overlap(a, b):
   common = np.prod(np.maximum(sides, 0))
   union = np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - common
   return common / union if union > 0 else 0
+
+
+def targets_of(boxes, is_target, is_crowd=None):
+  none = jnp.zeros(len(boxes), bool)
+  return Targets(boxes, none.astype(int), is_target, none if is_crowd is None else is_crowd)
 
 
 def assign_in_loop(anchors, targets, is_target, valid, high, low):
@@ -45,7 +51,7 @@ def test_anchor_assignment_with_ties_equals_definition():
     low = rng.integers(0, 12, (5, 2)) * 2
     targets = np.concatenate([low, low + rng.integers(0, 6, (5, 2)) * 2], 1).astype(np.float32)
     is_target = rng.random(5) < 0.7
-    got = assign(anchors, targets, is_target, valid)
+    got = assign(anchors, targets_of(targets, is_target), valid, 0.7, 0.3)
     foreground, background, target = assign_in_loop(anchors, targets, is_target, valid, 0.7, 0.3)
     np.testing.assert_array_equal(got.foreground, foreground)
     np.testing.assert_array_equal(got.background, background)
@@ -57,12 +63,12 @@ def test_anchor_assignment_with_ties_equals_definition():
 @pytest.mark.parametrize("count", [0, 3])
 def test_assignment_without_targets_is_background(count):
   anchors = jnp.asarray([[0.0, 0, 4, 4], [4, 4, 8, 8]])
-  targets, none = jnp.broadcast_to(anchors[:1], (count, 4)), jnp.zeros(count, bool)
-  got = jax.jit(assign_anchors)(anchors, targets, none, jnp.ones(2, bool))
+  targets = targets_of(jnp.broadcast_to(anchors[:1], (count, 4)), jnp.zeros(count, bool))
+  got = jax.jit(assign_anchors)(anchors, targets, jnp.ones(2, bool), 0.7, 0.3)
   assert got.background.all()
   assert not got.foreground.any()
   valid = jnp.asarray([True, False])
-  got = jax.jit(assign_proposals)(anchors, targets, none, none, valid)
+  got = jax.jit(assign_proposals)(anchors, targets, valid, 0.5)
   assert list(got.background) == [True, False]
 
 
@@ -81,10 +87,10 @@ def test_proposals_inside_crowds_are_ignored():
   targets = jnp.asarray([[0, 0, 10, 10], [20, 20, 40, 40]], jnp.float32)
   crowd = jnp.asarray([False, True])
   assign = jax.jit(assign_proposals)
-  got = assign(proposals, targets, ~crowd, crowd, jnp.arange(6) < 6)
+  got = assign(proposals, targets_of(targets, ~crowd, crowd), jnp.arange(6) < 6, 0.5)
   assert list(got.foreground) == [True, True, False, False, False, False]
   assert list(got.background) == [False, False, True, False, True, True]  # 4/6 inside the crowd
-  plain = assign(proposals, targets, ~crowd, crowd & ~crowd, jnp.arange(6) < 4)
+  plain = assign(proposals, targets_of(targets, ~crowd), jnp.arange(6) < 4, 0.5)
   assert list(plain.background) == [False, False, True, True, False, False]
 
 

@@ -1,7 +1,6 @@
 """Figures of DETR: attention maps of the queries (figure 6 of the paper), panoptic segments."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from vit_jax_zoo.errors import name_of, shorten
 from vit_jax_zoo.figures import detection as draw
 from vit_jax_zoo.figures.canvas import add_color_bar, heat_map
-from vit_jax_zoo.systems.detr.panoptic import Segmentation
+from vit_jax_zoo.systems.detr.panoptic import Arrays, Segmentation
 
 _OPACITY = 0.55
 MAX_IMAGES, MAX_QUERIES = 3, 4  # of a figure of queries
@@ -30,8 +29,8 @@ def draw_segments(
   rows, title = -(-2 * len(images) // columns), "True and predicted segments"
   figure, axes = draw.grid(rows, columns, title, images[0][None])
   cells = iter(axes.flat)
-  for image, truth, segments in zip(images, truths, predicted, strict=True):
-    for given, what in ((truth, "truth"), (segments, "predicted")):
+  for image, *both in zip(images, truths, predicted, strict=True):
+    for what, given in zip(("truth", "predicted"), both, strict=True):
       ax, segment_map = next(cells), given.segment_map
       draw.show(ax, paint_segments(image, segment_map))
       _write_names(ax, segment_map, [name_of(label, class_names) for label in given.labels])
@@ -60,11 +59,7 @@ def _write_names(ax: Axes, segment_map: Int[np.ndarray, "h w"], names: Sequence[
 
 
 def draw_query_attention(
-  batch: Mapping[str, Any],
-  predictions: Mapping[str, Any],
-  class_names: Sequence[str] = (),
-  *,
-  threshold: float = 0.0,
+  batch: Arrays, predictions: Arrays, class_names: Sequence[str] = (), *, threshold: float = 0.0
 ) -> Figure:
   """Draws images with the boxes of highest score, and the attention map of each box's query.
 
@@ -88,8 +83,7 @@ def draw_query_attention(
       ax = axes[index, 1 + column]
       padded = np.asarray(batch["image"]).shape[1:3]
       draw.show(ax, _overlaid(image, np.asarray(predictions["attention"][row][query]), padded))
-      one = slice(column, column + 1)
-      draw.draw_boxes(ax, boxes[one], [""], labels[one])
+      draw.draw_boxes(ax, boxes[[column]], [""], labels[[column]])
       title = f"{shorten(names[column], 20)} {scores[query]:.0%}, query {query}"
       ax.set_title(title, fontsize=9, loc="left")
   add_color_bar(figure, "attention", ("0", "largest"), ax=axes, shrink=0.7, aspect=30)

@@ -6,15 +6,17 @@ DETR, arXiv:2005.12872, section 4.4; Kirillov et al., arXiv:1801.00868, section 
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from PIL import Image
 
 from vit_jax_zoo.metrics.base import real_rows
 from vit_jax_zoo.metrics.detection import InstanceEvaluator, original_size
+
+Arrays: TypeAlias = Mapping[str, Any]  # of a batch
 
 VOID = -1
 SCORE_THRESHOLD = 0.85  # section 4.4
@@ -30,27 +32,26 @@ class Segmentation:
   is_crowd: Bool[np.ndarray, " s"] | None = None  # annotated groups of objects; None: no crowds
 
 
-def segment(
-  mask_logits: Float[np.ndarray, "q i j"],
-  labels: Int[np.ndarray, " q"],
-  stuff_from: int,  # first class id of stuff
-  *,
-  padded_size: tuple[int, int],  # of the image that the mask logits cover
-  image_size: tuple[int, int],  # without its padding
-  size: tuple[int, int],  # of the result: the original image's
+def found_segments(
+  batch: Arrays, predictions: Arrays, row: int, stuff_from: int, threshold: float
 ) -> Segmentation:
-  """Assigns every pixel to the query with the largest mask logit.
+  """Returns an image's predicted segments, of queries above the threshold, in original pixels.
 
-  Stuff of one class becomes one segment. Segments of less than five pixels are dropped and their
-  pixels reassigned, until all are larger. The padding is cropped, where the official code resizes
-  masks with their padding; without padding the two are equal. `mask_logits` and `labels` are those
-  of the queries with an object, and sizes are (height, width).
+  Every pixel belongs to the query with the largest mask logit. Stuff of one class becomes one
+  segment. Segments of less than five pixels are dropped and their pixels reassigned, until all are
+  larger. The padding is cropped, where the official code resizes masks with their padding; without
+  padding the two are equal.
   """
+  size, padded = original_size(batch, row), batch["image"].shape[1:3]
+  height, width = batch["image_size"][row] if "image_size" in batch else padded
+  is_sure = np.asarray(predictions["scores"][row]) > threshold
+  selected = np.asarray(predictions["is_object"][row], bool) & is_sure
+  labels = np.asarray(predictions["labels"][row])[selected].astype(np.int64)
   if not len(labels):
     return Segmentation(np.full(size, VOID), labels)
-  enlarge = functools.partial(cv2.resize, dsize=padded_size[::-1], interpolation=cv2.INTER_LINEAR)
-  masks = np.stack([enlarge(np.asarray(mask, np.float32)) for mask in mask_logits])
-  masks = masks[:, : image_size[0], : image_size[1]]
+  logits = np.asarray(predictions["mask_logits"][row], np.float32)[selected]
+  enlarge = functools.partial(cv2.resize, dsize=padded[::-1], interpolation=cv2.INTER_LINEAR)
+  masks = np.stack([enlarge(mask) for mask in logits])[:, :height, :width]
   owner = np.arange(len(labels))  # of regions of stuff: the first query of the class
   for label in np.unique(labels[labels >= stuff_from]):
     owner[labels == label] = np.flatnonzero(labels == label)[0]
@@ -67,35 +68,13 @@ def segment(
     winner = np.argmax(masks, axis=0)
 
 
-def true_segments(batch: Mapping[str, Any], row: int) -> Segmentation:
+def true_segments(batch: Arrays, row: int) -> Segmentation:
   """Returns an image's true segments, in its original pixels; see `PanopticEvaluator.add`."""
   height, width = original_size(batch, row)
   return Segmentation(
     np.asarray(batch["segment_map"][row])[:height, :width].astype(np.int64),
     np.asarray(batch["labels"][row]).astype(np.int64),
     np.asarray(batch["is_crowd"][row], bool) if "is_crowd" in batch else None,
-  )
-
-
-def found_segments(
-  batch: Mapping[str, Any],
-  predictions: Mapping[str, Any],
-  row: int,
-  stuff_from: int,
-  threshold: float,
-) -> Segmentation:
-  """Returns an image's predicted segments, of queries above the threshold, in original pixels."""
-  padded = batch["image"].shape[1:3]
-  height, width = batch["image_size"][row] if "image_size" in batch else padded
-  selected = np.asarray(predictions["is_object"][row], bool)
-  selected = selected & (np.asarray(predictions["scores"][row]) > threshold)
-  return segment(
-    np.asarray(predictions["mask_logits"][row], np.float32)[selected],
-    np.asarray(predictions["labels"][row])[selected].astype(np.int64),
-    stuff_from,
-    padded_size=padded,
-    image_size=(int(height), int(width)),
-    size=original_size(batch, row),
   )
 
 
@@ -175,7 +154,7 @@ class PanopticEvaluator(InstanceEvaluator):
     self.masks_below = self.stuff_from
     self.quality = PanopticQuality(self.num_classes, self.stuff_from)
 
-  def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
+  def add(self, batch: Arrays, predictions: Arrays) -> None:
     """Evaluates one batch, as `InstanceEvaluator` describes it.
 
     `segment_map` int [b h w] is the target's index at each pixel, of the original image, or `VOID`.

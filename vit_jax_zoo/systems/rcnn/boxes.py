@@ -143,6 +143,15 @@ def pyramid_anchors(
   return [grid_anchors(*level) for level in zip(cells, map_sizes, steps, strict=True)]
 
 
+class Targets(NamedTuple):
+  """Ground truth, padded; of one image or of a batch."""
+
+  boxes_xyxy: Float[Array, "*b t 4"]  # pixels
+  labels: Int[Array, "*b t"]
+  is_target: Bool[Array, "*b t"]  # without crowds
+  is_crowd: Bool[Array, "*b t"]
+
+
 class Assignment(NamedTuple):
   """Assignment of n boxes; boxes that are neither foreground nor background are ignored."""
 
@@ -152,19 +161,15 @@ class Assignment(NamedTuple):
 
 
 def assign_anchors(
-  anchors_xyxy: Float[Array, "n 4"],
-  targets_xyxy: Float[Array, "t 4"],
-  is_target: Bool[Array, " t"],
-  valid: Bool[Array, " n"],
-  fg_iou_thresh: float = 0.7,
-  bg_iou_thresh: float = 0.3,
+  anchors_xyxy: Boxes, targets: Targets, valid: Array, fg_iou_thresh: float, bg_iou_thresh: float
 ) -> Assignment:
   """Assigns the valid anchors to targets or background.
 
   Foreground: IoU of at least `fg_iou_thresh` with a target, or the highest IoU of a target with any
   anchor (all ties), so that every target has one. Background: below `bg_iou_thresh` with all.
   """
-  overlap = jnp.where(is_target[None] & valid[:, None], pairwise_iou(anchors_xyxy, targets_xyxy), 0)
+  overlap = pairwise_iou(anchors_xyxy, targets.boxes_xyxy)
+  overlap = jnp.where(targets.is_target[None] & valid[:, None], overlap, 0)
   iou, target = _best(overlap)
   best_of_target = jnp.max(overlap, axis=0, initial=0)[None]
   is_best = jnp.any((overlap == best_of_target) & (overlap > 0), axis=1)
@@ -173,25 +178,20 @@ def assign_anchors(
 
 
 def assign_proposals(
-  proposals_xyxy: Float[Array, "n 4"],
-  targets_xyxy: Float[Array, "t 4"],
-  is_target: Bool[Array, " t"],
-  is_crowd: Bool[Array, " t"],
-  valid: Bool[Array, " n"],
-  fg_iou_thresh: float = 0.5,
+  proposals_xyxy: Boxes, targets: Targets, valid: Array, fg_iou_thresh: float
 ) -> Assignment:
   """Assigns the valid proposals to targets (IoU of at least `fg_iou_thresh`) or background.
 
   Proposals with more than 0.7 of their area in a crowd, which is no target, are not background.
   """
-  overlap = pairwise_iou(proposals_xyxy, targets_xyxy)
-  iou, target = _best(jnp.where(is_target[None], overlap, 0))
+  overlap = pairwise_iou(proposals_xyxy, targets.boxes_xyxy)
+  iou, target = _best(jnp.where(targets.is_target[None], overlap, 0))
   foreground = iou >= fg_iou_thresh
-  low = jnp.maximum(proposals_xyxy[:, None, :2], targets_xyxy[None, :, :2])
-  high = jnp.minimum(proposals_xyxy[:, None, 2:], targets_xyxy[None, :, 2:])
+  low = jnp.maximum(proposals_xyxy[:, None, :2], targets.boxes_xyxy[None, :, :2])
+  high = jnp.minimum(proposals_xyxy[:, None, 2:], targets.boxes_xyxy[None, :, 2:])
   common, area = box_area(jnp.concatenate([low, high], axis=-1)), box_area(proposals_xyxy)[:, None]
   inside = jnp.where(area > 0, common / jnp.where(area > 0, area, 1), 0)
-  in_crowd = jnp.any((inside > CROWD_FRACTION) & is_crowd[None], axis=1)
+  in_crowd = jnp.any((inside > CROWD_FRACTION) & targets.is_crowd[None], axis=1)
   return Assignment(foreground & valid, ~foreground & ~in_crowd & valid, target)
 
 

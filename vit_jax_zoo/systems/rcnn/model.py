@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Num
@@ -109,7 +108,7 @@ class RCNN(nn.Module):
     self._backbone = kind(**fields, name="backbone")
     fields = {"width": self.width, **part_fields("neck_fields", self.neck_class, self.neck_fields)}
     self._neck = self.neck_class(**{**fields, "dtype": self.dtype}, name="neck")
-    count = len(self.cell_anchors[0])
+    count = len(self.aspect_ratios)
     self._proposal_head = RegionProposalHead(count, self.dtype, name="proposal_head")
     fields = part_fields("box_head", BoxHead, self.box_head)
     self._box_head = BoxHead(**fields, dtype=self.dtype, name="box_head")
@@ -154,8 +153,9 @@ class RCNN(nn.Module):
       levels.append(levels[-1][:, ::2, ::2])
     objectness, deltas = self._proposal_head(levels)
     sizes, own = [(x.shape[1], x.shape[2]) for x in levels], len(self.levels)
-    kind = self.convention_details.anchors
-    anchors = pyramid_anchors(self.cell_anchors, sizes, self.strides, own, kind)
+    kind, each = self.convention_details.anchors, zip(self.strides, self.anchor_sizes, strict=True)
+    cells = [cell_anchors(stride, size, self.aspect_ratios, kind) for stride, size in each]
+    anchors = pyramid_anchors(cells, sizes, self.strides, own, kind)
 
     def choose(*each: Array) -> tuple[Array, ...]:
       choose_one = functools.partial(
@@ -209,14 +209,6 @@ class RCNN(nn.Module):
     first = 1 if (self.backbone or {}).get("stem") == "conv3" else 4
     own = [first * 2 ** STAGES.index(level) for level in self.levels]
     return (*own, *(own[-1] * 2 ** (i + 1) for i in range(self.extra_levels)))
-
-  @property
-  def cell_anchors(self) -> list[Float[np.ndarray, "a 4"]]:
-    kind = self.convention_details.anchors
-    return [
-      cell_anchors(stride, size, self.aspect_ratios, kind)
-      for stride, size in zip(self.strides, self.anchor_sizes, strict=True)
-    ]
 
   def _crops(
     self, pyramid: Pyramid, boxes_xyxy: Boxes, size: int

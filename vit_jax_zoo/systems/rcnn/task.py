@@ -21,6 +21,7 @@ from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.ops.sharding import on_own_examples
 from vit_jax_zoo.systems.rcnn.boxes import (
   DetectionLimits,
+  Targets,
   Weights,
   assign_anchors,
   assign_proposals,
@@ -31,15 +32,6 @@ from vit_jax_zoo.systems.rcnn.boxes import (
 from vit_jax_zoo.systems.rcnn.roi_align import crop_masks
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.base import image_size, is_target
-
-
-class Targets(NamedTuple):
-  """Ground truth of each image, padded."""
-
-  boxes_xyxy: Float[Array, "b t 4"]  # pixels
-  labels: Int[Array, "b t"]
-  is_target: Bool[Array, "b t"]  # without crowds
-  is_crowd: Bool[Array, "b t"]
 
 
 class Rois(NamedTuple):
@@ -248,15 +240,15 @@ class InstanceDetection(base.Task):
     self, found: Any, targets: Targets, batch: base.Batch, rng: jax.Array, count: Array
   ) -> dict[str, Array]:
     def one_image(
-      rng: Array, logits: Array, deltas: Array, target: Array, real: Array, valid: Array
+      rng: Array, logits: Array, deltas: Array, targets: Targets, valid: Array
     ) -> tuple[Array, Array]:
       thresholds = self.rpn_fg_iou_thresh, self.rpn_bg_iou_thresh
-      assigned = assign_anchors(found.anchors_xyxy, target, real, valid, *thresholds)
+      assigned = assign_anchors(found.anchors_xyxy, targets, valid, *thresholds)
       size = self.rpn_batch_size_per_image, self.rpn_positive_fraction
       index, exists, foreground = sample_boxes(rng, assigned, *size)
       labels = foreground.astype(jnp.float32)
       objectness = optax.sigmoid_binary_cross_entropy(logits[index], labels)
-      target = take_rows(target, assigned.target[index])
+      target = take_rows(targets.boxes_xyxy, assigned.target[index])
       expected = encode_boxes(target, found.anchors_xyxy[index])
       distance = smooth_l1(deltas[index] - expected, self.rpn_smooth_l1_beta)
       objectness = jnp.where(exists, objectness, 0)
@@ -269,8 +261,7 @@ class InstanceDetection(base.Task):
       valid &= jnp.all(found.anchors_xyxy[:, :2] >= 0, axis=1)[None]
       valid &= jnp.all(found.anchors_xyxy[None, :, 2:] <= limits, axis=2)
     keys = jax.random.split(rng, len(mask))
-    truth = targets.boxes_xyxy, targets.is_target
-    losses = jax.vmap(one_image)(keys, found.objectness, found.deltas, *truth, valid)
+    losses = jax.vmap(one_image)(keys, found.objectness, found.deltas, targets, valid)
     objectness, distance = (jnp.sum(x) / (self.rpn_batch_size_per_image * count) for x in losses)
     return {"objectness_loss": objectness, "anchor_box_loss": distance}
 
@@ -278,8 +269,7 @@ class InstanceDetection(base.Task):
     self, found: Any, targets: Targets, mask: Bool[Array, " b"], rng: jax.Array
   ) -> Rois:
     def one_image(rng: Array, boxes: Array, exists: Array, targets: Targets) -> Rois:
-      truth = targets.boxes_xyxy, targets.is_target, targets.is_crowd
-      assigned = assign_proposals(boxes, *truth, exists, self.box_fg_iou_thresh)
+      assigned = assign_proposals(boxes, targets, exists, self.box_fg_iou_thresh)
       size = self.box_batch_size_per_image, self.box_positive_fraction
       index, drawn, foreground = sample_boxes(rng, assigned, *size)
       chosen, target = jnp.where(drawn[:, None], boxes[index], 0), assigned.target[index]
@@ -339,8 +329,8 @@ def mask_loss(logits: Float[Array, "*n m m"], masks: Bool[Array, "*n m m"]) -> F
   return jnp.mean(losses, axis=(-2, -1))
 
 
-def select_class(values: Float[Array, "*n ..."], labels: Int[Array, "*n"], axis: int) -> Array:
-  """Returns `values` at each label along the axis of classes; labels are clipped to the classes."""
+def select_class(values: Array, labels: Int[Array, "*n"], axis: int) -> Array:
+  """Returns `values` [*n ...] at each label along the axis of classes; labels are clipped to it."""
   labels = jnp.clip(labels, 0, values.shape[axis] - 1)
   index = jnp.expand_dims(labels, tuple(range(labels.ndim, values.ndim)))
   return jnp.take_along_axis(values, index, axis=axis).squeeze(axis)
