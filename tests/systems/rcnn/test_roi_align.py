@@ -89,15 +89,15 @@ def test_roi_align_equals_official_code(load_golden):
 def test_box_levels_equal_official_code(load_golden):
   _, inputs, outputs = load_golden("fpt_det_a")
   boxes = jnp.asarray(inputs["level_rois"]) + jnp.float32([[0, 0, 1, 1]])  # exclusive
-  levels = ops.box_levels(boxes, (2, 5))
+  levels = ops.box_levels(boxes, (2, 5), 224, 4)
   np.testing.assert_array_equal(levels, outputs["level_of_roi"])
 
 
 def test_box_levels_of_known_and_empty_boxes():
   sides = np.array([0, 10, 111.9, 112, 223.9, 224, 448, 1e5])
   boxes = jnp.asarray(np.stack([0 * sides, 0 * sides, sides, sides], axis=1), jnp.float32)
-  assert list(ops.box_levels(boxes, (2, 5))) == [2, 2, 2, 3, 3, 4, 5, 5]
-  small = ops.box_levels(boxes / 16, (0, 3), canonical_size=14, canonical_level=2)
+  assert list(ops.box_levels(boxes, (2, 5), 224, 4)) == [2, 2, 2, 3, 3, 4, 5, 5]
+  small = ops.box_levels(boxes / 16, (0, 3), 14, 2)
   assert list(small) == [0, 0, 0, 1, 1, 2, 3, 3]
 
 

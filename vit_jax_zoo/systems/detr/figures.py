@@ -81,8 +81,11 @@ def draw_query_attention(
     draw.draw_boxes(axes[index, 0], boxes, names, labels)
     for column, query in enumerate(best):
       ax = axes[index, 1 + column]
-      padded = np.asarray(batch["image"]).shape[1:3]
-      draw.show(ax, _overlaid(image, np.asarray(predictions["attention"][row][query]), padded))
+      padded = np.asarray(batch["image"]).shape[2:0:-1]
+      attention = np.asarray(predictions["attention"][row][query], np.float32)
+      values = cv2.resize(attention, padded, interpolation=cv2.INTER_LINEAR)
+      values = values[: image.shape[0], : image.shape[1]]
+      draw.show(ax, heat_map(image, values / max(float(values.max()), 1e-9)))
       draw.draw_boxes(ax, boxes[[column]], [""], labels[[column]])
       title = f"{shorten(names[column], 20)} {scores[query]:.0%}, query {query}"
       ax.set_title(title, fontsize=9, loc="left")
@@ -93,9 +96,3 @@ def draw_query_attention(
 def _best(scores: np.ndarray, threshold: float) -> Int[np.ndarray, " s"]:
   best = np.argsort(-scores, kind="stable")[:MAX_QUERIES]
   return best[(scores[best] >= threshold) | (best == best[0])]
-
-
-def _overlaid(image: np.ndarray, attention: np.ndarray, padded: tuple[int, ...]) -> np.ndarray:
-  values = cv2.resize(attention.astype(np.float32), padded[::-1], interpolation=cv2.INTER_LINEAR)
-  values = values[: image.shape[0], : image.shape[1]]
-  return heat_map(image, values / max(float(values.max()), 1e-9))

@@ -1,13 +1,13 @@
 """Neck and heads of R-CNN: feature pyramid, region proposals, boxes and masks.
 
-Inputs of box and mask heads are sequences of [b r s s c]: crops of one level of the pyramid, or
-(adaptive) of all levels, finest first. Each of several levels has its own first layer,
-`first_<level>`, and the second layer's input is their elementwise maximum (Liu et al.,
-arXiv:1803.01534, section 3.2; the official code of FPT).
+Inputs of box and mask heads are crops of one level of the pyramid, or (adaptive) of all levels,
+finest first. Each of several levels has its own first layer, `first_<level>`, and the second
+layer's input is their elementwise maximum (Liu et al., arXiv:1803.01534, section 3.2; FPT's code).
 """
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -21,6 +21,10 @@ from vit_jax_zoo.ops.checks import check_not_negative, check_positive
 from vit_jax_zoo.ops.resize import resize_nearest
 from vit_jax_zoo.ops.sharding import shard_batch
 
+Pyramid: TypeAlias = Sequence[Float[Array, "b _ _ _"]]  # finest first
+Crops: TypeAlias = Sequence[Float[Array, "b r s s c"]]
+Maps: TypeAlias = Float[Array, "n h w c"]  # with every box as an example
+
 
 class FeaturePyramid(nn.Module):
   """Feature pyramid network, arXiv:1612.03144, section 3. Levels are numbered from the finest."""
@@ -32,9 +36,7 @@ class FeaturePyramid(nn.Module):
   dtype: Dtype = "float32"
 
   @nn.compact
-  def __call__(
-    self, pyramid: Sequence[Float[Array, "b _ _ _"]], *, train: bool = False
-  ) -> tuple[Float[Array, "b _ _ d"], ...]:
+  def __call__(self, pyramid: Pyramid, *, train: bool = False) -> Pyramid:
     """Returns one map of `width` channels per level, fine to coarse, of the level's size."""
     inner: list[Array] = []
     for level, features in reversed(list(enumerate(pyramid))):
@@ -63,9 +65,7 @@ class RegionProposalHead(nn.Module):
   dtype: Dtype = "float32"  # dtype of the convolutions; outputs are float32
 
   @nn.compact
-  def __call__(
-    self, pyramid: Sequence[Float[Array, "b _ _ d"]]
-  ) -> tuple[Float[Array, "b n"], Float[Array, "b n 4"]]:
+  def __call__(self, pyramid: Pyramid) -> tuple[Float[Array, "b n"], Float[Array, "b n 4"]]:
     """Returns logits and deltas of all anchors, finest level first, in row-major order."""
 
     def conv(features: int, size: int, name: str) -> nn.Module:
@@ -85,18 +85,12 @@ class _Head(nn.Module):
   norm: str = "none"  # norm of the convolutions, see `conv_norm`
   dtype: Dtype = "float32"
 
-  def _convolve(
-    self, name: str, x: Float[Array, "n h w c"], features: int | None = None, *, train: bool
-  ) -> Float[Array, "n h w f"]:
+  def _convolve(self, name: str, x: Maps, features: int | None = None, *, train: bool) -> Array:
     features = features or x.shape[-1]
     return nn.relu(conv_norm(self, name, x, features, 3, train=train, kernel_init=kaiming_normal))
 
   def _apply(
-    self,
-    crops: Sequence[Float[Array, "b r s s c"]],
-    layers: Sequence[tuple[Callable[..., Array], str]],
-    *,
-    train: bool,
+    self, crops: Crops, layers: Sequence[tuple[Callable[..., Array], str]], *, train: bool
   ) -> Float[Array, "n ..."]:
     """Applies layers with the given names, with every box as an example."""
     inputs = [x.reshape(-1, *x.shape[2:]) for x in crops]
@@ -125,9 +119,7 @@ class BoxHead(_Head):
   width: int = 1024  # channels of the dense layers
 
   @nn.compact
-  def __call__(
-    self, crops: Sequence[Float[Array, "b r s s c"]], *, train: bool = False
-  ) -> Float[Array, "b r f"]:
+  def __call__(self, crops: Crops, *, train: bool = False) -> Float[Array, "b r f"]:
     check_positive(self, "width")
     check_not_negative(self, "num_convs", "num_dense")
     layers = [(self._convolve, f"conv_{i}") for i in range(self.num_convs)]
@@ -151,15 +143,14 @@ class BoxOutputs(nn.Module):
     self, x: Float[Array, "b r f"]
   ) -> tuple[Float[Array, "b r k"], Float[Array, "b r k 4"]]:
     """Returns logits and deltas per class; the last class is the background."""
-    count = self.num_classes + 1
 
     def dense(features: int, deviation: float, name: str) -> Array:
       init = nn.initializers.normal(deviation)
-      return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)(x)
+      layer = nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
+      return layer(x).astype(jnp.float32)
 
-    logits = dense(count, 0.01, "logits").astype(jnp.float32)
-    deltas = dense(4 * count, 0.001, "deltas").astype(jnp.float32)
-    return logits, deltas.reshape(*deltas.shape[:2], count, 4)
+    logits = dense(self.num_classes + 1, 0.01, "logits")
+    return logits, dense(4 * logits.shape[-1], 0.001, "deltas").reshape(*logits.shape, 4)
 
 
 class MaskHead(_Head):
@@ -177,9 +168,7 @@ class MaskHead(_Head):
   fused: bool = False
 
   @nn.compact
-  def __call__(
-    self, crops: Sequence[Float[Array, "b r s s c"]], *, train: bool = False
-  ) -> Float[Array, "b r m m k"]:
+  def __call__(self, crops: Crops, *, train: bool = False) -> Float[Array, "b r m m k"]:
     """Returns float32 mask logits of twice the input size."""
     check_positive(self, "width")
     check_not_negative(self, "num_convs")
@@ -191,14 +180,13 @@ class MaskHead(_Head):
       last = layer(name, last, train=train)
     upsampled = nn.relu(TransposedConv(self.width, self.dtype, name="upsample")(last))
     self.sow("intermediates", "upsampled", upsampled)
-    init = kaiming_normal
-    head = nn.Conv(self.num_classes + 1, (1, 1), kernel_init=init, dtype=self.dtype, name="logits")
-    logits = head(upsampled).astype(jnp.float32)
+    fields = {"kernel_init": kaiming_normal, "dtype": self.dtype, "name": "logits"}
+    logits = nn.Conv(self.num_classes + 1, (1, 1), **fields)(upsampled).astype(jnp.float32)
     if self.fused:
       logits = logits + self._fused_mask(x, train=train).astype(jnp.float32)
     return logits.reshape(*crops[0].shape[:2], *logits.shape[1:])
 
-  def _fused_mask(self, x: Float[Array, "n s s c"], *, train: bool) -> Float[Array, "n m m 1"]:
+  def _fused_mask(self, x: Maps, *, train: bool) -> Float[Array, "n m m 1"]:
     side = 2 * x.shape[1]
     x = self._convolve("fused_conv_0", x, self.width, train=train)
     x = self._convolve("fused_conv_1", x, self.width // 2, train=train)

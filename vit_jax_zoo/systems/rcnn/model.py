@@ -54,7 +54,6 @@ SHARDING_RULES = (
 )
 """The box head's two large matrices are sharded over `model`, all kernels over `fsdp`."""
 
-
 Images: TypeAlias = Float[Array, "b h w c"]
 Sizes: TypeAlias = Num[Array, "b 2"]  # heights and widths
 Boxes: TypeAlias = Float[Array, "b r 4"]

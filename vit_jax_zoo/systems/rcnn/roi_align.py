@@ -26,27 +26,23 @@ _ROUNDING = 1e-4  # map steps: boxes often end exactly at the limit of one step
 
 
 class _Points(NamedTuple):
-  """Sample points of every box along one axis, in map steps."""
+  """Sample points of every box along one axis, [r size samples]."""
 
-  at: Float[Array, "r size samples"]
-  weight: Float[Array, "r size samples"]  # weight in the bin's mean; 0 outside the map
+  at: Array  # in map steps
+  weight: Array  # in the bin's mean; 0 outside the map
 
 
 def box_levels(
-  boxes_xyxy: Float[Array, "*r 4"],
-  levels: tuple[int, int],
-  canonical_size: float | int = 224,
-  canonical_level: int = 4,
+  boxes_xyxy: Float[Array, "*r 4"], levels: tuple[int, int], size: float | int, level: int
 ) -> Int[Array, "*r"]:
   """Returns the pyramid level to crop each box from. Lin et al., arXiv:1612.03144, Eq. 1.
 
-  floor(canonical_level + log2(sqrt(area) / canonical_size + 1e-6)), clipped to the finest and
-  coarsest of `levels`; level l has stride 2^l, and boxes are in pixels.
+  floor(level + log2(sqrt(area) / size + 1e-6)), clipped to the finest and coarsest of `levels`;
+  level l has stride 2^l, and boxes are in pixels.
   """
   sides = jnp.maximum(boxes_xyxy[..., 2:] - boxes_xyxy[..., :2], 0)
-  ratio = jnp.sqrt(sides[..., 0] * sides[..., 1]) / canonical_size
-  level = jnp.floor(canonical_level + jnp.log2(ratio + 1e-6))
-  return jnp.clip(level, *levels).astype(jnp.int32)
+  ratio = jnp.sqrt(sides[..., 0] * sides[..., 1]) / size
+  return jnp.clip(jnp.floor(level + jnp.log2(ratio + 1e-6)), *levels).astype(jnp.int32)
 
 
 def roi_align(
@@ -115,7 +111,7 @@ def _points(
   at = (boxes[:, :2] - (0.5 if aligned else 0.0))[..., None] + steps
   at = at.reshape(len(boxes), 2, size, SAMPLES)
 
-  def along(side: int, at: Float[Array, "r size samples"]) -> _Points:
+  def along(side: int, at: Array) -> _Points:
     inside = (at >= -1 - _ROUNDING) & (at <= side + _ROUNDING)
     return _Points(jnp.clip(at, 0, side - 1), jnp.where(inside, 1 / SAMPLES, 0).astype(at.dtype))
 
@@ -155,11 +151,7 @@ def _gathered(
 
 
 def _interpolate(
-  table: Float[Array, "n c"],
-  offset: Int[Array, " r"],
-  map_size: Int[Array, "r 2"],
-  rows: _Points,
-  columns: _Points,
+  table: Float[Array, "n c"], offset: Array, map_size: Array, rows: _Points, columns: _Points
 ) -> Float[Array, "r size size c"]:
   """Interpolates between four neighbours; `table` has each box's map, row by row, from `offset`."""
   boxes, size, samples = rows.at.shape
