@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.half_precision import bfloat16_errors
-from vit_jax_zoo.systems.rcnn import roi_align as ops
+from vit_jax_zoo.systems.rcnn import boxes as ops
 
 
 def bilinear(features, y, x):

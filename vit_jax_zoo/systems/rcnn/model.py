@@ -21,16 +21,8 @@ from vit_jax_zoo.ops.checks import check_not_negative, check_positive
 from vit_jax_zoo.ops.images import clear_padding, pad_images
 from vit_jax_zoo.ops.sharding import on_own_examples, shard_batch
 from vit_jax_zoo.registry import registry_of
-from vit_jax_zoo.systems.rcnn.boxes import (
-  CONVENTIONS,
-  Convention,
-  cell_anchors,
-  choose_proposals,
-  pick_limits,
-  pyramid_anchors,
-)
+from vit_jax_zoo.systems.rcnn import boxes as box_ops
 from vit_jax_zoo.systems.rcnn.heads import BoxHead, BoxOutputs, MaskHead, RegionProposalHead
-from vit_jax_zoo.systems.rcnn.roi_align import box_levels, roi_align
 
 VARIANTS: dict[str, dict[str, Any]] = {
   f"{kind}_rcnn_r{depth}_{neck}": {
@@ -153,15 +145,15 @@ class RCNN(nn.Module):
     objectness, deltas = self._proposal_head(levels)
     sizes, own = [(x.shape[1], x.shape[2]) for x in levels], len(self.levels)
     kind, each = self.convention_details.anchors, zip(self.strides, self.anchor_sizes, strict=True)
-    cells = [cell_anchors(stride, size, self.aspect_ratios, kind) for stride, size in each]
-    anchors = pyramid_anchors(cells, sizes, self.strides, own, kind)
+    cells = [box_ops.cell_anchors(stride, size, self.aspect_ratios, kind) for stride, size in each]
+    anchors = box_ops.pyramid_anchors(cells, sizes, self.strides, own, kind)
 
     def choose(*each: Array) -> tuple[Array, ...]:
       choose_one = functools.partial(
-        choose_proposals,
+        box_ops.choose_proposals,
         anchors_xyxy=jnp.concatenate(anchors),  # here: arrays from outside have another mesh
         lengths=tuple(len(x) for x in anchors),
-        limits=pick_limits(self.proposals, train=train),
+        limits=box_ops.pick_limits(self.proposals, train=train),
         convention=self.convention_details,
       )
       return jax.vmap(choose_one)(*each)
@@ -200,8 +192,8 @@ class RCNN(nn.Module):
     return registry_of("neck", "necks")[self.neck]
 
   @property
-  def convention_details(self) -> Convention:
-    return CONVENTIONS[self.convention]
+  def convention_details(self) -> box_ops.Convention:
+    return box_ops.CONVENTIONS[self.convention]
 
   @property
   def strides(self) -> tuple[int, ...]:
@@ -214,18 +206,18 @@ class RCNN(nn.Module):
   ) -> list[Float[Array, "b r s s d"]]:
     strides, convention = self.strides[: len(self.levels)], self.convention_details
     boxes = boxes_xyxy.at[..., 2:].add(-1) if convention.inclusive_boxes else boxes_xyxy
-    align = functools.partial(roi_align, size=size, aligned=convention.aligned)
+    align = functools.partial(box_ops.roi_align, size=size, aligned=convention.aligned)
     if self.adaptive:
       first = jnp.zeros(boxes.shape[:2], jnp.int32)
       return [align([x], boxes, first, strides=[s]) for x, s in zip(pyramid, strides, strict=True)]
     ends = strides[0], strides[-1], self.canonical_stride
     first, last, canonical = (int(math.log2(stride)) for stride in ends)
-    level = box_levels(boxes_xyxy, (first, last), self.canonical_size, canonical)
+    level = box_ops.box_levels(boxes_xyxy, (first, last), self.canonical_size, canonical)
     return [align(pyramid, boxes, level - first, strides=strides)]
 
   def _check(self) -> None:
     check_names("level", self.levels, STAGES)
-    check_names("convention", [self.convention], CONVENTIONS)
+    check_names("convention", [self.convention], box_ops.CONVENTIONS)
     if list(self.levels) != sorted(set(self.levels)) or not self.levels:
       raise ValueError(f"levels: {self.levels}; expected each level once, from fine to coarse")
     if (self.backbone or {}).get("output_stride", 32) != 32:

@@ -19,17 +19,7 @@ from vit_jax_zoo.ops.boxes import cxcywh_to_xyxy, pairwise_iou
 from vit_jax_zoo.ops.checks import check_fractions, check_not_negative, check_positive
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.ops.sharding import on_own_examples
-from vit_jax_zoo.systems.rcnn.boxes import (
-  DetectionLimits,
-  Targets,
-  Weights,
-  assign_anchors,
-  assign_proposals,
-  choose_detections,
-  encode_boxes,
-  sample_boxes,
-)
-from vit_jax_zoo.systems.rcnn.roi_align import crop_masks
+from vit_jax_zoo.systems.rcnn import boxes as box_ops
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.base import image_size, is_target
 
@@ -69,7 +59,7 @@ class InstanceDetection(base.Task):
   box_batch_size_per_image: int = 512  # proposals per image in the second stage's loss
   box_positive_fraction: float = 0.25  # maximum fraction of foreground among them
   box_fg_iou_thresh: float = 0.5  # minimum IoU of foreground proposals
-  bbox_reg_weights: Weights = (10.0, 10.0, 5.0, 5.0)  # of the second stage, see `encode_boxes`
+  bbox_reg_weights: box_ops.Weights = (10.0, 10.0, 5.0, 5.0)  # of the second stage's deltas
   box_smooth_l1_beta: float = 1 / 3  # beta of the second stage's smooth L1 loss
   box_score_thresh: float = 0.05  # detections with a lower score are dropped
   box_nms_thresh: float = 0.5  # IoU threshold of suppression among detections of a class
@@ -174,10 +164,10 @@ class InstanceDetection(base.Task):
     size = image_size(batch)
     found = self.model.apply(variables, self._images(batch), size, method="propose")
     logits, deltas = self.model.apply(variables, found.pyramid, found.boxes_xyxy, method="classify")
-    thresholds = self.box_score_thresh, self.box_nms_thresh
-    limits = DetectionLimits(*thresholds, self.box_detections_per_img, self.bbox_reg_weights)
+    thresholds, count = (self.box_score_thresh, self.box_nms_thresh), self.box_detections_per_img
+    limits = box_ops.DetectionLimits(*thresholds, count, self.bbox_reg_weights)
     convention = self.model.convention_details
-    detect = functools.partial(choose_detections, limits=limits, convention=convention)
+    detect = functools.partial(box_ops.choose_detections, limits=limits, convention=convention)
     boxes, scores, labels, exists = on_own_examples(
       jax.vmap(detect), logits, deltas, found.boxes_xyxy, found.exists, size
     )
@@ -228,28 +218,28 @@ class InstanceDetection(base.Task):
   def _images(self, batch: base.Batch) -> Float[Array, "b h w c"]:
     return normalize_images(jnp.asarray(batch["image"]), self.image_mean, self.image_std)
 
-  def _targets(self, batch: base.Batch) -> Targets:
+  def _targets(self, batch: base.Batch) -> box_ops.Targets:
     real = is_target(batch)
     crowd = real & jnp.asarray(batch.get("is_crowd", jnp.zeros_like(real))).astype(bool)
     scale = jnp.tile(image_size(batch).astype(jnp.float32)[:, None, ::-1], (1, 1, 2))
     boxes = cxcywh_to_xyxy(jnp.asarray(batch["boxes_cxcywh"], jnp.float32)) * scale
     boxes = jnp.where(real[..., None], boxes, 0.0)
-    return Targets(boxes, jnp.asarray(batch["labels"]), real & ~crowd, crowd)
+    return box_ops.Targets(boxes, jnp.asarray(batch["labels"]), real & ~crowd, crowd)
 
   def _anchor_losses(
-    self, found: Any, targets: Targets, batch: base.Batch, rng: jax.Array, count: Array
+    self, found: Any, targets: box_ops.Targets, batch: base.Batch, rng: jax.Array, count: Array
   ) -> dict[str, Array]:
     def one_image(
-      rng: Array, logits: Array, deltas: Array, targets: Targets, valid: Array
+      rng: Array, logits: Array, deltas: Array, targets: box_ops.Targets, valid: Array
     ) -> tuple[Array, Array]:
       thresholds = self.rpn_fg_iou_thresh, self.rpn_bg_iou_thresh
-      assigned = assign_anchors(found.anchors_xyxy, targets, valid, *thresholds)
+      assigned = box_ops.assign_anchors(found.anchors_xyxy, targets, valid, *thresholds)
       size = self.rpn_batch_size_per_image, self.rpn_positive_fraction
-      index, exists, foreground = sample_boxes(rng, assigned, *size)
+      index, exists, foreground = box_ops.sample_boxes(rng, assigned, *size)
       labels = foreground.astype(jnp.float32)
       objectness = optax.sigmoid_binary_cross_entropy(logits[index], labels)
       target = take_rows(targets.boxes_xyxy, assigned.target[index])
-      expected = encode_boxes(target, found.anchors_xyxy[index])
+      expected = box_ops.encode_boxes(target, found.anchors_xyxy[index])
       distance = smooth_l1(deltas[index] - expected, self.rpn_smooth_l1_beta)
       objectness = jnp.where(exists, objectness, 0)
       return jnp.sum(objectness), jnp.sum(jnp.where(foreground, distance, 0))
@@ -266,12 +256,12 @@ class InstanceDetection(base.Task):
     return {"objectness_loss": objectness, "anchor_box_loss": distance}
 
   def _sampled_proposals(
-    self, found: Any, targets: Targets, mask: Bool[Array, " b"], rng: jax.Array
+    self, found: Any, targets: box_ops.Targets, mask: Bool[Array, " b"], rng: jax.Array
   ) -> Rois:
-    def one_image(rng: Array, boxes: Array, exists: Array, targets: Targets) -> Rois:
-      assigned = assign_proposals(boxes, targets, exists, self.box_fg_iou_thresh)
+    def one_image(rng: Array, boxes: Array, exists: Array, targets: box_ops.Targets) -> Rois:
+      assigned = box_ops.assign_proposals(boxes, targets, exists, self.box_fg_iou_thresh)
       size = self.box_batch_size_per_image, self.box_positive_fraction
-      index, drawn, foreground = sample_boxes(rng, assigned, *size)
+      index, drawn, foreground = box_ops.sample_boxes(rng, assigned, *size)
       chosen, target = jnp.where(drawn[:, None], boxes[index], 0), assigned.target[index]
       labels = jnp.where(foreground, take_rows(targets.labels, target), self.num_classes)
       return Rois(chosen, target, labels, drawn, foreground)
@@ -281,13 +271,13 @@ class InstanceDetection(base.Task):
     return jax.vmap(one_image)(jax.random.split(rng, len(mask)), boxes, exists, targets)
 
   def _box_losses(
-    self, logits: Array, deltas: Array, rois: Rois, targets: Targets, fraction: Array
+    self, logits: Array, deltas: Array, rois: Rois, targets: box_ops.Targets, fraction: Array
   ) -> dict[str, Array]:
     if logits.shape[-1] != self.num_classes + 1:
       wrong = f"num_classes: {logits.shape[-1] - 1} in the model, {self.num_classes} in the task"
       raise ValueError(f"{wrong}; expected the highest class id + 1 in both")
     boxes = jax.vmap(take_rows)(targets.boxes_xyxy, rois.target)
-    expected = encode_boxes(boxes, rois.boxes_xyxy, self.bbox_reg_weights)
+    expected = box_ops.encode_boxes(boxes, rois.boxes_xyxy, self.bbox_reg_weights)
     predicted = select_class(deltas, rois.labels, axis=-2)
     distance = smooth_l1(predicted - expected, self.box_smooth_l1_beta)
     count = jnp.maximum(jnp.sum(rois.exists.astype(jnp.float32)), 1) / fraction
@@ -305,7 +295,7 @@ class InstanceDetection(base.Task):
     masks = jnp.asarray(batch["masks"]).astype(bool)
     if not masks.shape[1]:
       return jnp.zeros(())
-    crop = functools.partial(crop_masks, size=logits.shape[2])
+    crop = functools.partial(box_ops.crop_masks, size=logits.shape[2])
     expected = jax.vmap(crop)(masks, rois.target, rois.boxes_xyxy)
     loss = mask_loss(select_class(logits, rois.labels, axis=-1), expected)
     count = jnp.maximum(jnp.sum(rois.foreground.astype(jnp.float32)), 1)
