@@ -45,7 +45,7 @@ def test_anchor_assignment_with_ties_equals_definition():
   grid = np.stack(np.meshgrid(np.arange(0, 24, 4), np.arange(0, 24, 4)), -1).reshape(-1, 2)
   anchors = np.concatenate([np.concatenate([grid, grid + s], 1) for s in (4, 8)]).astype(np.float32)
   valid = np.all(anchors <= 24, axis=1)
-  assign = jax.jit(assign_anchors)
+  assign = jax.jit(assign_anchors, static_argnums=(3, 4))
   counts = np.zeros(2, int)
   for _ in range(20):
     low = rng.integers(0, 12, (5, 2)) * 2
@@ -64,11 +64,13 @@ def test_anchor_assignment_with_ties_equals_definition():
 def test_assignment_without_targets_is_background(count):
   anchors = jnp.asarray([[0.0, 0, 4, 4], [4, 4, 8, 8]])
   targets = targets_of(jnp.broadcast_to(anchors[:1], (count, 4)), jnp.zeros(count, bool))
-  got = jax.jit(assign_anchors)(anchors, targets, jnp.ones(2, bool), 0.7, 0.3)
+  got = jax.jit(assign_anchors, static_argnums=(3, 4))(
+    anchors, targets, jnp.ones(2, bool), 0.7, 0.3
+  )
   assert got.background.all()
   assert not got.foreground.any()
   valid = jnp.asarray([True, False])
-  got = jax.jit(assign_proposals)(anchors, targets, valid, 0.5)
+  got = jax.jit(assign_proposals, static_argnums=3)(anchors, targets, valid, 0.5)
   assert list(got.background) == [True, False]
 
 
@@ -86,7 +88,7 @@ def test_proposals_inside_crowds_are_ignored():
   )
   targets = jnp.asarray([[0, 0, 10, 10], [20, 20, 40, 40]], jnp.float32)
   crowd = jnp.asarray([False, True])
-  assign = jax.jit(assign_proposals)
+  assign = jax.jit(assign_proposals, static_argnums=3)
   got = assign(proposals, targets_of(targets, ~crowd, crowd), jnp.arange(6) < 6, 0.5)
   assert list(got.foreground) == [True, True, False, False, False, False]
   assert list(got.background) == [False, False, True, False, True, True]  # 4/6 inside the crowd

@@ -26,10 +26,9 @@ from vit_jax_zoo.systems.detr.panoptic import Segmentation, found_segments
 
 
 class DetectionPredictor(Predictor):
-  """Detections with a score of at least `threshold`; with `explain`, their attention maps.
+  """Detections with a score of at least `threshold`, and panoptic segments of a mask head.
 
-  A mask head adds panoptic segments; unless `threshold` is set, their minimum score is the task's
-  (0.85 in the paper).
+  Unless `threshold` is set, the segments' minimum score is the task's (0.85 in the paper).
   """
 
   reads: ClassVar[frozenset[str]] = frozenset({"threshold", "explain"})

@@ -32,10 +32,8 @@ class Detection(base.Task):
   `image_size` int [b 2], height and width without the padding (no padding without this key);
   `boxes_cxcywh` float [b t 4], relative to the image without its padding; `labels` int [b t], class
   ids; `is_target` bool [b t], False in padding; for a model with a mask head `masks` bool
-  [b t h w]; `mask` bool [b], False for padding rows. Evaluation also reads
-  `original_size` int [b 2], height and width before the image was resized, `image_id` int [b],
-  `is_crowd` bool [b t] and `area` float [b t], in pixels of the original image; see
-  `DetectionEvaluator`.
+  [b t h w]; `mask` bool [b], False for padding rows. Evaluation also reads `original_size` int
+  [b 2], height and width before the image was resized, and the keys of `DetectionEvaluator.add`.
   """
 
   name: ClassVar[str] = "detection"

@@ -200,10 +200,8 @@ def config_of(fields: Mapping[str, Any], class_names: Sequence[str] = ()) -> dic
   """Returns a `Detr`'s `config.json`; WeightsError if transformers has no such model."""
   backbone = resnet.check_plain(fields, "transformers")
   if fields["masked_backbone"]:
-    logging.warning(
-      "masked_backbone: transformers' DETR lacks it; predictions of padded images will differ"
-    )
-  count = fields["num_classes"]
+    text = "masked_backbone: transformers' DETR lacks it; predictions of padded images will differ"
+    logging.warning(text)
   masks, decoder = fields["mask_head"], {**fields, **(fields["decoder"] or {})}
   return {
     "architectures": [_CLASSES[masks]],
@@ -223,7 +221,7 @@ def config_of(fields: Mapping[str, Any], class_names: Sequence[str] = ()) -> dic
     "is_encoder_decoder": True,
     "auxiliary_loss": False,
     **_backbone_config(backbone, masks=masks),
-    **hf_config.label_fields(class_names, count),
+    **hf_config.label_fields(class_names, fields["num_classes"]),
   }
 
 

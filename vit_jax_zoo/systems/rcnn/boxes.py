@@ -33,8 +33,7 @@ class Convention:
   min_detection_size: float = 0.0  # pixels; smaller detections are dropped (torchvision)
 
 
-CONVENTIONS = {
-  # Girshick et al., 2018, and its successors, the official code of FPT among them.
+CONVENTIONS = {  # Detectron: also the official code of FPT
   "detectron": Convention(
     "detectron", "detectron", inclusive_boxes=True, inclusive_threshold=True, min_clipped_size=1
   ),
@@ -253,8 +252,7 @@ def non_max_suppression(
   suppresses = overlap >= threshold if inclusive else overlap > threshold
   if groups is not None:
     suppresses &= groups[order][:, None] == groups[order][None]
-  rank = jnp.arange(len(scores))
-  suppresses &= rank[:, None] < rank[None]
+  suppresses = jnp.triu(suppresses, k=1)  # only those with a lower score
   exists = valid[order]
 
   def suppress(keep: Bool[Array, " n"]) -> Bool[Array, " n"]:
@@ -306,19 +304,16 @@ def choose_proposals(
 
   Anchors, logits and deltas are those of all levels, which have `lengths`.
   """
-  levels, start = [], 0
+  levels, start, inclusive = [], 0, convention.inclusive_threshold
   for length in lengths:
     level = objectness[start : start + length]
     scores, index = jax.lax.top_k(level, min(limits.pre_nms_top_n, length))
     index = index + start
     boxes = decode_boxes(deltas[index], anchors_xyxy[index])
     boxes = clip_boxes(boxes, image_size, convention.min_clipped_size)
-    sides = boxes[:, 2:] - boxes[:, :2]
-    # False for NaN.
+    sides = boxes[:, 2:] - boxes[:, :2]  # NaN is not valid
     valid = jnp.all((sides > 0) & (sides >= convention.min_proposal_size), axis=1)
-    keep = non_max_suppression(
-      boxes, scores, limits.nms_thresh, valid=valid, inclusive=convention.inclusive_threshold
-    )
+    keep = non_max_suppression(boxes, scores, limits.nms_thresh, valid=valid, inclusive=inclusive)
     levels.append((boxes, scores, keep))
     start += length
   boxes, scores, keep = (jnp.concatenate(parts) for parts in zip(*levels, strict=True))
@@ -353,9 +348,8 @@ def choose_detections(
 
   They are classified proposals, whose last class is the background.
   """
-  probabilities = jax.nn.softmax(logits)[:, :-1]
-  classes = probabilities.shape[1]
-  scores = jnp.where(exists[:, None], probabilities, 0).reshape(-1)
+  classes = logits.shape[1] - 1
+  scores = jnp.where(exists[:, None], jax.nn.softmax(logits)[:, :-1], 0).reshape(-1)
   count = min(limits.max_candidates, len(scores))
   pair, candidate = top_k(scores, scores > limits.score_thresh, count)
   row, label, score = pair // classes, pair % classes, scores[pair]
@@ -427,8 +421,7 @@ def roi_align(
     partial = jnp.einsum("rih,hwc->riwc", by_row, features)
     return jnp.einsum("rjw,riwc->rijc", by_column, partial)
 
-  large = [math.prod(x.shape[1:3]) > USE_MATRICES for x in pyramid]
-  result = 0.0
+  large, result = [math.prod(x.shape[1:3]) > USE_MATRICES for x in pyramid], 0.0
   for index, (features, stride) in enumerate(zip(pyramid, strides, strict=True)):
     if not large[index]:
       crops = jax.vmap(multiply)(features, boxes_xyxy / stride)

@@ -168,9 +168,8 @@ class InstanceDetection(base.Task):
     limits = box_ops.DetectionLimits(*thresholds, count, self.bbox_reg_weights)
     convention = self.model.convention_details
     detect = functools.partial(box_ops.choose_detections, limits=limits, convention=convention)
-    boxes, scores, labels, exists = on_own_examples(
-      jax.vmap(detect), logits, deltas, found.boxes_xyxy, found.exists, size
-    )
+    arrays = logits, deltas, found.boxes_xyxy, found.exists, size
+    boxes, scores, labels, exists = on_own_examples(jax.vmap(detect), *arrays)
     scale = jnp.asarray(batch.get("original_size", size), jnp.float32) / size.astype(jnp.float32)
     predictions = {
       "scores": scores,

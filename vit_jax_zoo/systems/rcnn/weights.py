@@ -277,11 +277,9 @@ def _change_classes(
 
 _TORCHVISION = "backbone.body."
 _PREDICTOR, _MASKS = "roi_heads.box_predictor", "roi_heads.mask_predictor"
-_OUTPUTS = {
-  f"{_PREDICTOR}.cls_score": 1,
-  f"{_PREDICTOR}.bbox_pred": 4,
-  f"{_MASKS}.mask_fcn_logits": 1,
-}
+# Layers by class, and their outputs per class.
+_OUTPUTS = {f"{_PREDICTOR}.cls_score": 1, f"{_PREDICTOR}.bbox_pred": 4}
+_OUTPUTS |= {f"{_MASKS}.mask_fcn_logits": 1}
 PREPROCESS = dataclasses.replace(DETECTION, interpolation="tf_bilinear", rounding="floor")
 """Shorter side 800, longer at most 1333, without antialiasing."""
 COCO_OUTPUTS = 91  # of COCO detectors, background included
