@@ -64,9 +64,8 @@ def test_anchor_assignment_with_ties_equals_definition():
 def test_assignment_without_targets_is_background(count):
   anchors = jnp.asarray([[0.0, 0, 4, 4], [4, 4, 8, 8]])
   targets = targets_of(jnp.broadcast_to(anchors[:1], (count, 4)), jnp.zeros(count, bool))
-  got = jax.jit(assign_anchors, static_argnums=(3, 4))(
-    anchors, targets, jnp.ones(2, bool), 0.7, 0.3
-  )
+  assign = jax.jit(assign_anchors, static_argnums=(3, 4))
+  got = assign(anchors, targets, jnp.ones(2, bool), 0.7, 0.3)
   assert got.background.all()
   assert not got.foreground.any()
   valid = jnp.asarray([True, False])
