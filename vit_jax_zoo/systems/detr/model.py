@@ -231,17 +231,9 @@ class _Layer(nn.Module):
   attention_implementation: Implementation = None
 
   def _attend(
-    self,
-    name: str,
-    x: Queries,
-    position: Queries,
-    key: Tokens,
-    value: Tokens,
-    mask: Mask | None = None,
-    *,
-    train: bool,
+    self, name: str, x: Queries, *qkv: Array, mask: Mask | None = None, train: bool
   ) -> Queries:
-    """Returns x plus its attention with the query x + position, normalised."""
+    """Returns x plus its attention, normalised; `qkv` are query [b q d], key and value [b n d]."""
     # The official code initialises query, key and value as one [3d d] matrix: half the variance.
     attention = MultiHeadAttention(
       self.num_heads,
@@ -252,7 +244,7 @@ class _Layer(nn.Module):
       implementation=self.attention_implementation,
       name=name,
     )
-    attended = attention(x + position, key, value, mask=mask, train=train)
+    attended = attention(*qkv, mask=mask, train=train)
     attended = nn.Dropout(self.dropout_rate)(attended, deterministic=not train)
     return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=f"{name}_norm")(x + attended)
 
@@ -275,7 +267,7 @@ class EncoderLayer(_Layer):
     self, x: Tokens, position: Tokens, mask: Mask, *, train: bool
   ) -> tuple[Tokens, None]:
     x = shard_batch(x)
-    x = self._attend("attention", x, position, x + position, x, mask, train=train)
+    x = self._attend("attention", x, x + position, x + position, x, mask=mask, train=train)
     return self._feed_forward(x, train=train), None
 
 
@@ -287,9 +279,9 @@ class DecoderLayer(_Layer):
     self, x: Queries, queries: Queries, memory: Tokens, position: Tokens, mask: Mask, *, train: bool
   ) -> tuple[Queries, Queries]:
     x = shard_batch(x)
-    x = self._attend("self_attention", x, queries, x + queries, x, train=train)
-    key = memory + position
-    x = self._attend("cross_attention", x, queries, key, memory, mask, train=train)
+    x = self._attend("self_attention", x, x + queries, x + queries, x, train=train)
+    inputs = x + queries, memory + position, memory
+    x = self._attend("cross_attention", x, *inputs, mask=mask, train=train)
     x = self._feed_forward(x, train=train)
     return x, x
 
