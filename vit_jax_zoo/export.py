@@ -163,9 +163,8 @@ def write_card(
 ) -> epath.Path:
   """Writes the card of an export: `README.md` of a folder, "<name>.md" beside a file.
 
-  `source` is the run, file or name that was exported; `license_id` one of the hub's identifiers;
-  `hub_name` "user/name" on the hub, or "". Without `huggingface_hub` the card has no metadata. A
-  README.md that is no such card is kept.
+  `source` was exported; `license_id` is one of the hub's; `hub_name` "user/name" on it, or "".
+  Without `huggingface_hub` the card has no metadata. A README.md that is no such card is kept.
   """
   card = output / "README.md" if output.is_dir() else output.with_suffix(".md")
   if card.exists() and MADE_BY not in card.read_text():

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import flags
@@ -52,13 +53,17 @@ def main(argv: Sequence[str]) -> int:
   if FLAGS.output:  # before a compilation, which may take an hour
     pathlib.Path(FLAGS.output).parent.mkdir(parents=True, exist_ok=True)
   config = load(FLAGS.config, argv[1:])
+  given: dict[str, Any] = {"name": FLAGS.config, "overrides": list(argv[1:])}
   if not FLAGS.compile:
-    return _check(config, list(argv[1:]))
+    machine = simulated_slice(FLAGS.topology)
+    plan = make_plan(config, machine, **given, compile_step=False)
+    cli.show(
+      f"{FLAGS.config} on {machine.name}: {plan.num_devices} devices, mesh {mesh(plan)}, "
+      f"batch {plan.batch_size}, {plan.num_steps} steps; memory not checked (leave out --nocompile)"
+    )
+    return 0
   machine = find_machine(FLAGS.platform, FLAGS.topology)
-  if FLAGS.search:
-    tried = _search(config, machine)
-  else:
-    tried = [make_plan(config, machine, name=FLAGS.config, overrides=list(argv[1:]))]
+  tried = _search(config, machine) if FLAGS.search else [make_plan(config, machine, **given)]
   chosen = best(tried) or tried[-1]
   cli.show(report(chosen))
   if FLAGS.output:
@@ -66,16 +71,6 @@ def main(argv: Sequence[str]) -> int:
     text = json.dumps(dataclasses.asdict(chosen) | others, indent=1) + "\n"
     pathlib.Path(FLAGS.output).write_text(text, encoding="utf-8")
   return 0 if chosen.fits else 1
-
-
-def _check(config: ConfigDict, overrides: list[str]) -> int:
-  machine = simulated_slice(FLAGS.topology)
-  plan = make_plan(config, machine, name=FLAGS.config, overrides=overrides, compile_step=False)
-  cli.show(
-    f"{FLAGS.config} on {machine.name}: {plan.num_devices} devices, mesh {mesh(plan)}, "
-    f"batch {plan.batch_size}, {plan.num_steps} steps; memory not checked (leave out --nocompile)"
-  )
-  return 0
 
 
 def _search(config: ConfigDict, machine: Machine) -> list[Plan]:

@@ -34,6 +34,7 @@ from vit_jax_zoo.training.metric_writer import MetricWriter, save_figures
 from vit_jax_zoo.training.progress import Progress
 from vit_jax_zoo.training.train_step import EvaluationProgram, Program, TrainState
 from vit_jax_zoo.training.workdir_lock import workdir_lock
+from vit_jax_zoo.weights.finetune_init import find_files, still_needed
 
 Counts: TypeAlias = Mapping[str, Integer[np.ndarray, " k"]]  # examples of each class, by split
 MAX_LISTED = 12  # of more classes, only the counts of the smallest and largest are logged
@@ -107,7 +108,7 @@ def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpoint
   settings = _loop_settings(experiment, options, start)
   if not start:  # with init_from, the files that are needed depend on its variables
     files = {"init_from": config.init_from} if config.init_from else experiment.task.weight_files
-    weights.find_files({k: file for k, file in files.items() if not is_checkpoint(file)})
+    find_files({k: file for k, file in files.items() if not is_checkpoint(file)})
   with experiment.train_batches(0 if options.overfit_one_batch else start) as iterator:
     first = next(iterator)  # for shapes and figures; then it is trained on
     program = experiment.program(first)
@@ -204,7 +205,7 @@ def pretrained_variables(
   if not (missing := [path for path, leaf in after.items() if leaf is before[path]]):
     return loaded
   from_data = distributed.all_gather_objects(task.init_from_data(preview))[0]
-  files = weights.still_needed(task.weight_files, missing)
+  files = still_needed(task.weight_files, missing)
   sources = {k: restore_variables(f) if is_checkpoint(f) else f for k, f in files.items()}
   others = weights.load_parts(sources, {**fresh, **from_data})
   return jax.tree.map(lambda a, b, other: other if a is b else a, loaded, fresh, others)

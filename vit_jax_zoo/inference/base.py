@@ -8,11 +8,10 @@ import dataclasses
 import functools
 import io
 import itertools
-import operator
 import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, SupportsIndex, TypeAlias, overload
+from typing import Any, ClassVar, TypeAlias, overload
 
 import jax
 import numpy as np
@@ -69,10 +68,7 @@ class Options(types.SimpleNamespace):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
-  """Prediction for one image. What the task does not predict is empty or None.
-
-  `draw` returns a picture of it, `to_dict` its JSON values; a notebook displays the picture.
-  """
+  """Prediction for one image. What the task does not predict is empty or None."""
 
   record: dict[str, Any]  # JSON values by name
   # Called once, when needed: "" is `<image>.png` of `predict`, "x" `<image>_x.png`, and "model_x",
@@ -149,9 +145,9 @@ class Predictor(abc.ABC):
     """Returns the arrays of an image's example; called in threads."""
     return self._trained.prepare(image)
 
-  def named(self, label: SupportsIndex) -> dict[str, str]:
+  def named(self, label: Any) -> dict[str, str]:
     """Returns a class's `name`, if it has one."""
-    names, index = self._task.class_names, operator.index(label)
+    names, index = self._task.class_names, int(label)
     return {"name": names[index]} if index < len(names) else {}
 
   @classmethod

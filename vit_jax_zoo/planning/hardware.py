@@ -79,11 +79,7 @@ class Machine:
 
 
 def find_machine(platform: str, topology: str | None = None) -> Machine:
-  """Returns the devices of one of `PLATFORMS`; "tpu" needs libtpu and a `topology`, but no TPU.
-
-  Raises ValueError for an unknown platform or topology, ImportError without libtpu, RuntimeError
-  without such a device.
-  """
+  """Returns the devices of one of `PLATFORMS`; "tpu" needs libtpu and a `topology`, but no TPU."""
   check_names("platform", [platform], PLATFORMS)
   if platform != "cuda" and not getattr(jax.config, "jax_platforms", None):
     jax.config.update("jax_platforms", "cpu")  # only shapes: no other backend is needed

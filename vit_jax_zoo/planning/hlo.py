@@ -97,7 +97,8 @@ def parse(text: str) -> Module:
   lines_of: dict[str, list[str]] = {}
   entry, current = None, None
   for line in text.splitlines():
-    if current and _is_open(current[-1]):  # the metadata of a kernel spans several lines
+    bare = _STRING.sub("", current[-1]) if current else ""
+    if current and bare.count("{") > bare.count("}"):  # a kernel's metadata spans several lines
       current[-1] += line
     elif current is None and line.endswith("{") and "->" in line:
       name = _NAME.match(line.removeprefix("ENTRY ").strip())
@@ -115,11 +116,6 @@ def parse(text: str) -> Module:
   devices = math.prod(int(found[1]) for found in (partitions, replicas) if found)
   computations = {name: [_instruction(line) for line in lines] for name, lines in lines_of.items()}
   return Module(computations, entry, devices)
-
-
-def _is_open(instruction: str) -> bool:
-  bare = _STRING.sub("", instruction)
-  return bare.count("{") > bare.count("}")
 
 
 def _instruction(line: str) -> Instruction:
@@ -156,11 +152,7 @@ def _closing(text: str, opening: int) -> int:
 
 @functools.lru_cache(maxsize=65536)
 def shape_bytes(shape: str, *, main_memory: bool = False) -> float:
-  """Returns the bytes of all arrays, or those in main memory, of a shape in HLO syntax.
-
-  >>> shape_bytes("(f32[2,3]{1,0}, bf16[8]{0:S(1)})")
-  40.0
-  """
+  """Returns the bytes of all arrays, or those in main memory, of a shape: f32[2,3]{1,0} has 24."""
   total = 0.0
   for kind, sides, layout in _ARRAY.findall(shape):
     if main_memory and re.search(r"S\([1-9]", layout):

@@ -33,14 +33,7 @@ from vit_jax_zoo.figures.curves import draw_accuracies, draw_shots
 from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.metrics.feature_probes import PROBES
 from vit_jax_zoo.training.disk import write_json
-from vit_jax_zoo.transfer.suites import (
-  SUITES,
-  Extractor,
-  Outcome,
-  Request,
-  run_suites,
-  summarize_vtab,
-)
+from vit_jax_zoo.transfer.suites import SUITES, Extractor, Outcome, Request, run_suites, vtab_means
 
 FLAGS = flags.FLAGS
 
@@ -128,7 +121,7 @@ def results(outcomes: Sequence[Outcome]) -> dict[str, Any]:
       kind = {"features": outcome.features} if outcome.features else {}
       suites.setdefault(outcome.suite, {})[outcome.data] = {**kind, **outcome.scores}
   vtab = [outcome for outcome in outcomes if outcome.suite == "vtab"]
-  means = {"means": {"vtab": summarize_vtab(vtab)}} if vtab else {}
+  means = {"means": {"vtab": vtab_means(vtab)}} if vtab else {}
   return {"suites": suites, **means, "missing": {o.title: o.missing for o in outcomes if o.missing}}
 
 
@@ -138,7 +131,7 @@ def draw(suite: str, outcomes: Sequence[Outcome], model: str) -> Figure:
   if suite == "few_shot":
     return draw_shots({outcome.data: _curve(outcome.scores) for outcome in outcomes}, title=title)
   groups = {outcome.data: outcome.group for outcome in outcomes if outcome.group}
-  means = summarize_vtab(outcomes) if suite == "vtab" else {}
+  means = vtab_means(outcomes) if suite == "vtab" else {}
   accuracies = {outcome.data: outcome.scores["accuracy"] for outcome in outcomes}
   return draw_accuracies(accuracies, title=title, groups=groups, means=means)
 

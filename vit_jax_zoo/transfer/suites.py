@@ -309,7 +309,7 @@ class _Run:
     return {"scores": scores}
 
 
-def summarize_vtab(outcomes: Sequence[Outcome]) -> dict[str, float]:
+def vtab_means(outcomes: Sequence[Outcome]) -> dict[str, float]:
   """Returns VTAB's means: of each complete group, and of all 19 tasks if complete."""
   scores = {outcome.data: outcome.scores["accuracy"] for outcome in outcomes if outcome.scores}
   groups = {"mean": list(VTAB)}

@@ -4,13 +4,7 @@ Files that cannot be read or do not fit a model raise `WeightsError`: one line, 
 """
 
 from vit_jax_zoo.weights.checkpoint import Pretrained
-from vit_jax_zoo.weights.finetune_init import (
-  find_files,
-  fit_to_model,
-  load_parts,
-  relayout,
-  still_needed,
-)
+from vit_jax_zoo.weights.finetune_init import fit_to_model, load_parts, relayout
 from vit_jax_zoo.weights.key_map import WeightsError, check_finite
 from vit_jax_zoo.weights.load import load_into, load_pretrained
 from vit_jax_zoo.weights.preprocess import Preprocess
@@ -20,11 +14,9 @@ __all__ = [
   "Pretrained",
   "WeightsError",
   "check_finite",
-  "find_files",
   "fit_to_model",
   "load_into",
   "load_parts",
   "load_pretrained",
   "relayout",
-  "still_needed",
 ]

@@ -109,10 +109,7 @@ class Checkpoint:
   def fit_positions_to(
     self, target: Mapping[str, Any], grid: Size | None, method: str | None
   ) -> "Checkpoint":
-    """Returns the checkpoint with position tables resized to those of existing variables.
-
-    `grid` is the model's height and width in tokens, None: square; the others as of `at_size`.
-    """
+    """Returns `self` with position tables as in `target`; `grid` in tokens, None: square."""
     del target, grid, method
     return self
 

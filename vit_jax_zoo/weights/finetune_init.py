@@ -162,7 +162,7 @@ def load_parts(
       continue
     if isinstance(source, str):
       logging.info("%s: initialised from %s", part, source)
-      found = readers[part](_find(part, source), shapes)
+      found = readers[part](find_files({part: source})[part], shapes)
     else:
       found = _part_of(source, part.removeprefix(_EVERY), shapes)
     flat |= {path: np.asarray(found[inner], flat[path].dtype) for path, inner in within.items()}
@@ -171,14 +171,13 @@ def load_parts(
 
 def find_files(files: Mapping[str, str]) -> dict[str, str]:
   """Returns the local paths of the files by part, after downloading where needed."""
-  return {part: _find(part, file) for part, file in files.items()}
-
-
-def _find(part: str, file: str) -> str:
-  try:
-    return hub.resolve(file)
-  except key_map.WeightsError as error:
-    raise key_map.WeightsError(f"{part.removeprefix(_EVERY)}: {error}") from None
+  found = {}
+  for part, file in files.items():
+    try:
+      found[part] = hub.resolve(file)
+    except key_map.WeightsError as error:
+      raise key_map.WeightsError(f"{part.removeprefix(_EVERY)}: {error}") from None
+  return found
 
 
 def still_needed(files: Mapping[str, str], paths: Iterable[str]) -> dict[str, str]:

@@ -181,10 +181,7 @@ def _fit_heads(
 
 
 def _outputs(checkpoint: Checkpoint, path: str, leaf: Any) -> int:
-  """Returns the file's number of classes for a head's parameter; by default, the model's.
-
-  Only the number of classes may differ: any other difference of a head must be reported.
-  """
+  """Returns the file's number of classes for a head's parameter, the only size that may differ."""
   bias = checkpoint.array(f"{path.rpartition('/')[0]}/bias")
   if bias is not None and bias.ndim == 1:
     return bias.shape[0]
