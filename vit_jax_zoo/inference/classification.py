@@ -37,8 +37,7 @@ class ClassificationPredictor(Predictor):
     logits = np.asarray(self._logits(self._trained.variables, batch["image"]), np.float64)
     is_sigmoid = self._task.objective == "sigmoid"
     probabilities = expit(logits) if is_sigmoid else softmax(logits, axis=-1)
-    rows = zip(images, batch["image"], probabilities, strict=False)
-    return [self._result(*row) for row in rows]
+    return list(map(self._result, images, batch["image"], probabilities))
 
   def _result(self, image: Image, prepared: np.ndarray, probabilities: np.ndarray) -> Result:
     count = self.listed if self._options.top_k is None else self._options.top_k

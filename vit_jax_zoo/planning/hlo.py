@@ -219,10 +219,7 @@ def _trip_count(module: Module, loop: Instruction) -> int | None:
 def group_size(attributes: str, num_devices: int) -> int:
   """Returns the number of devices in a collective from its attributes, by default `num_devices`.
 
-  >>> group_size("replica_groups=[2,4]<=[8]", 8), group_size("replica_groups={{0,1},{2,3}}", 4)
-  (4, 2)
-  >>> group_size("replica_groups=mesh['data'=4,'fsdp'=16] {'fsdp'}", 64)
-  16
+  `replica_groups` are [2,4]<=[8], {{0,1},{2,3}}, or mesh['data'=4,'fsdp'=16] {'fsdp'}, for example.
   """
   mesh = _MESH.search(attributes)
   if mesh:

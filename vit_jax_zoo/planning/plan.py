@@ -285,9 +285,7 @@ def _residual_bytes(program: Program, group: OptimGroup, batch: Any) -> float:
 
   with jax.set_mesh(program.mesh):
     leaves = jax.eval_shape(forward, program.abstract_state, batch)
-  is_key = [jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
-  sizes = [8 if key else leaf.dtype.itemsize for key, leaf in zip(is_key, leaves, strict=True)]
-  return float(sum(leaf.size * size for leaf, size in zip(leaves, sizes, strict=True)))
+  return float(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
 
 
 def _notes(parts: trainer.Experiment, level: str | None, num_shapes: int) -> list[str]:

@@ -4,12 +4,11 @@
     Hugging Face         embedder.embedder.convolution.weight, ...      a ResNet
     resnet50_caffe.pth   torchvision's names for Caffe's weights
 
-and those that the systems recognise (`System.backbone_readers`: LambdaResNet, Caffe and Detectron).
-The inputs of Caffe's networks are BGR; their first kernels are reversed to RGB. A file of Caffe's
-weights with torchvision's names is recognised by "caffe" in the file's name only. Caffe's blocks
-have their stride in the first convolution, which no file states: set the backbone's
-`stride_in_1x1`. Classifier heads and PyTorch's batch counters are ignored. Norms fit the trained
-`BatchNorm` and the frozen one, all of whose arrays are statistics.
+and those that the systems recognise (`System.backbone_readers`). First kernels of Caffe's networks,
+of BGR images, are reversed to RGB; with torchvision's names they are recognised by "caffe" in the
+file's name only. Their blocks have the stride in the first convolution, which no file states: set
+the backbone's `stride_in_1x1`. Classifier heads and PyTorch's batch counters are ignored. Norms fit
+the trained `BatchNorm` and the frozen one, all of whose arrays are statistics.
 """
 
 import dataclasses
