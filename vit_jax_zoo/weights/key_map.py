@@ -146,9 +146,12 @@ def check_finite(arrays: Mapping[str, Any], source: str) -> None:
   flat: dict[str, Any] = dict(traverse_util.flatten_dict(dict(arrays), sep="/"))
   broken = [key for key, array in flat.items() if not _is_finite(array)]
   if broken:
-    wrong = f"{source} holds NaN or infinity: {list_problems(broken)}"
-    fix = "download it again, or use other weights"
-    raise WeightsError(f"{wrong}; it is damaged, or its training diverged; {fix}")
+    first = ", ".join(broken[:_MAX_NAMED])
+    more = len(broken) - _MAX_NAMED
+    raise WeightsError(
+      f"{source} holds NaN or infinity in {first}{f' and {more} more arrays' if more > 0 else ''}: "
+      "it is damaged, or its training diverged; download it again, or use other weights"
+    )
 
 
 def _is_finite(array: Array) -> bool:
