@@ -67,6 +67,17 @@ def test_round_trip_is_exact(scan_layers, tmp_path):
     assert again.preprocess == loaded.preprocess
 
 
+def test_sigmoid_objective_travels(tmp_path):
+  loaded = load_pretrained(hf_folder("vit_hf_a"), scan_layers=False)
+  assert "objective" not in loaded.task_fields
+  fields = {**loaded.task_fields, "objective": "sigmoid"}
+  export = dataclasses.replace(loaded, variables=flat(loaded.variables), task_fields=fields)
+  vit_hf.write_checkpoint(str(tmp_path), export)
+  config = json.loads((tmp_path / "config.json").read_text())
+  assert config["problem_type"] == "multi_label_classification"
+  assert load_pretrained(str(tmp_path)).task_fields["objective"] == "sigmoid"
+
+
 def test_head_of_other_num_classes_without_pre_logits():
   base = load_pretrained(hf_folder("vit_hf_base_a"), num_classes=7, representation_size=None)
   assert base.variables["params"]["head"]["bias"].shape == (7,)

@@ -33,6 +33,7 @@ FIXED: dict[str, Any] = {
 }
 """Values of our fields that transformers' ViT is limited to: one, or one of several."""
 
+_MULTI_LABEL = "multi_label_classification"  # transformers' pipeline then applies a sigmoid
 _LAYER = r"(?:vit\.)?encoder\.layer\.(\d+)\."
 
 BASE_TABLE: tuple[Row, ...] = (  # of `ViTModel`
@@ -96,6 +97,9 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
   }
   given = config.get("image_size", 224)
   size = (given, given) if isinstance(given, int) else (int(given[0]), int(given[1]))
+  task_fields = hf_config.read_class_names(config, fields["num_classes"] or 0)
+  if config.get("problem_type") == _MULTI_LABEL:
+    task_fields["objective"] = "sigmoid"
   return common.VitCheckpoint(
     source=path,
     arrays=arrays,
@@ -103,7 +107,7 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
     fields=fields,
     resize="bicubic",
     preprocess=hf_config.read_preprocess(published.processor, size, "ViT"),
-    task_fields=hf_config.read_class_names(config, fields["num_classes"] or 0),
+    task_fields=task_fields,
     image_size=size,
   )
 
@@ -139,6 +143,7 @@ def write_checkpoint(path: str, export: Pretrained) -> None:
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
     **(hf_config.label_fields(export.class_names, num_classes) if num_classes else {}),
+    **({"problem_type": _MULTI_LABEL} if export.task_fields.get("objective") == "sigmoid" else {}),
     **({} if pooled is None else {"pooler_output_size": pooled, "pooler_act": "tanh"}),
   }
   hf_config.write_folder(path, arrays, config=config, preprocessor_config=processor)
