@@ -76,6 +76,14 @@ def test_several_probes_in_one_run(digits, tmp_path):
   assert {path.name for path in tmp_path.glob("*.png")} == {f"{suite}.png" for suite in suites}
 
 
+@pytest.mark.parametrize("name", ["knn.png", "transfer.json"])
+def test_files_of_others_kept(name, digits, tmp_path):
+  (tmp_path / name).write_text("{}")
+  with pytest.raises(ValueError, match="--output="):
+    command.run_and_write(request_of(("knn",), data=("demo:digits",)), digits, tmp_path, {})
+  assert (tmp_path / name).read_text() == "{}"
+
+
 def test_missing_data_reported_and_skipped(digits, tmp_path):
   request = request_of(("knn",), data=("cifar10", "demo:digits"), data_dir=str(tmp_path / "none"))
   assert command.run_and_write(request, digits, tmp_path, {}) == 0

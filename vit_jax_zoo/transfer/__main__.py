@@ -92,6 +92,10 @@ def run_and_write(
 ) -> int:
   """Runs the suites, writes `model` and the results after each dataset, returns the exit status."""
   output.mkdir(parents=True, exist_ok=True)
+  file = output / RESULTS_FILE
+  is_own = file.is_file() and b'"suites"' in file.read_bytes()
+  if not is_own and (file.exists() or any(output.glob("*.png"))):
+    raise ValueError(f"--output={output}: holds pictures or {file.name} of others; use another")
   outcomes: list[Outcome] = []
   for outcome in run_suites(request, extractor):
     outcomes.append(outcome)
