@@ -1,6 +1,7 @@
 """Datasets of the package `datasets`, saved by it: labels, objects, label maps, errors."""
 
 import pickle
+import re
 
 import datasets
 import numpy as np
@@ -136,6 +137,42 @@ def test_box_formats(options, box, tmp_path):
     load_source(name, "all", **options)
   with pytest.raises(ValueError, match=r"train\[0\]\.objects\.category: 'bolt'"):
     load_source(name, "all", class_names=("nut",), **options)
+
+
+def with_objects(fields, root):
+  fields = {"bbox": [[2, 3, 9, 8]], "category": ["x"], **fields}
+  kind = {key: List(Value("float64")) for key in fields}
+  kind |= {"bbox": List(List(Value("float64"))), "category": List(Value("string"))}
+  return saved(rows({"objects": kind}, objects=[fields] * 2), root)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"bbox": [[2, 3, 9, 8, 1]] * 4, "category": ["x"] * 5}, r"bbox: .* 4 numbers"),
+    ({"iscrowd": [2]}, r"iscrowd: \[2"),
+    ({"area": [5, 6]}, r"area: \[5"),
+  ],
+)
+def test_wrong_objects_raise(fields, message, tmp_path):
+  name = with_objects(fields, tmp_path)
+  with pytest.raises(ValueError, match=rf"train\[0\]\.objects\.{message}"):
+    load_source(name, "train", class_names=("x",))
+
+
+@pytest.mark.parametrize(
+  ("fields", "options", "message"),
+  [
+    ({"bbox": [[0.1, 0.1, 0.5, 0.5]]}, {}, "2 of 2 boxes are in .*relative_boxes=True"),
+    ({}, {"relative_boxes": True}, "2 of 2 boxes are beyond .*relative_boxes=False"),
+    ({"area": [np.nan]}, {}, "^$"),
+  ],
+)
+def test_suspicious_objects_are_named(fields, options, message, tmp_path, caplog):
+  name = with_objects(fields, tmp_path)
+  source = load_source(name, "train", class_names=("x",), **options)
+  assert re.search(message, caplog.text)
+  assert source[0]["area"] > 0
 
 
 def test_coco_classes_have_their_ids(tmp_path):

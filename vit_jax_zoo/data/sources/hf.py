@@ -194,7 +194,7 @@ def _open(info: base.DatasetInfo, split: str, rows: Rows, image: str, target: Ta
   """Opens a split of detection or segmentation, and checks its objects."""
   info = dataclasses.replace(info, name=f"{info.name} {split}")
   if isinstance(target, Boxes):
-    counts, wrong = [], []
+    counts, wrong, odd = [], [], 0
     for row, objects in enumerate(_column(rows, target.key)):
       try:
         boxes, good, _ = _read_objects(objects, target)
@@ -202,6 +202,11 @@ def _open(info: base.DatasetInfo, split: str, rows: Rows, image: str, target: Ta
         raise ValueError(f"{info.name}[{row}].{target.key}.{error}") from None
       counts.append(len(boxes))
       wrong += [f"[{row}]"] * int((~good).sum())
+      odd += (good & ((boxes.max(axis=1, initial=0) > 1.5) == target.relative)).sum()
+    if odd:
+      text = "%s: %d of %d boxes are %s [0, 1]; expected relative_boxes=%s"
+      kind = "beyond" if target.relative else "in"
+      logging.warning(text, info.name, odd, sum(counts), kind, not target.relative)
     if wrong:
       text = "%s: %d boxes with NaN or a negative side, left out: %s"
       logging.warning(text, info.name, len(wrong), ", ".join(wrong[:3]))
@@ -230,14 +235,17 @@ def _read_objects(objects: Any, spec: Boxes) -> tuple[np.ndarray, np.ndarray, Ma
     objects = {key: [found[key] for found in objects] for key in (objects[0] if objects else ())}
   categories = objects.get("category", [])
   try:
-    boxes = np.array(objects.get("bbox", []), np.float64).reshape(-1, 4)
+    boxes = np.array(objects.get("bbox") or np.zeros((0, 4)), np.float64)
   except (TypeError, ValueError):
-    boxes = np.zeros((0, 4))
-  if len(boxes) != len(categories):
+    boxes = np.zeros(0)
+  if boxes.shape != (len(categories), 4):
     raise ValueError(f"bbox: {objects.get('bbox')}; expected 4 numbers for each category")
-  for category in categories:
-    if category not in spec.class_ids:
-      raise ValueError(f"category: {category!r}; expected one of the {len(spec.class_ids)} classes")
+  for category in set(categories) - spec.class_ids.keys():
+    raise ValueError(f"category: {category!r}; expected one of the {len(spec.class_ids)} classes")
+  for key in ("iscrowd", "is_crowd", "area"):
+    values = objects.get(key) or [0] * len(boxes)
+    if len(values) != len(boxes) or not (key == "area" or {*values} <= {0, 1, None}):
+      raise ValueError(f"{key}: {values}; expected a number, 0 or 1 for crowds, for each category")
   first, second = boxes[:, :2], boxes[:, 2:]
   if spec.box_format == "cxcywh":
     first = first - second / 2
@@ -254,7 +262,9 @@ def _objects_example(image: bytes, row: int, objects: Any, spec: Boxes) -> base.
     height, width = images.image_size(image)
     boxes = boxes * (width, height, width, height)
   crowds = fields.get("iscrowd", fields.get("is_crowd")) or np.zeros(len(boxes))
-  area = fields.get("area") or (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+  of_boxes = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+  area = np.array(fields.get("area") or of_boxes, np.float64)
+  area = np.where(area >= 0, area, of_boxes)  # NaN or None
   labels = np.array([spec.class_ids[category] for category in fields.get("category", [])], int)
   columns = {"is_crowd": crowds, "area": area, "ids": np.arange(len(boxes))}
   columns = {key: np.asarray(values)[good] for key, values in columns.items()}
