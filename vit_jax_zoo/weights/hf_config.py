@@ -10,6 +10,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from vit_jax_zoo.data.images import MAX_PIXELS
 from vit_jax_zoo.weights.checkpoint import Pretrained, Size
 from vit_jax_zoo.weights.key_map import Flat, WeightsError
 from vit_jax_zoo.weights.preprocess import PILLOW_FILTERS, Preprocess, crop_fraction
@@ -71,6 +72,9 @@ def mean_and_std(
   return tuple((mean / (255 * factor)).tolist()), tuple((std / (255 * factor)).tolist())
 
 
+_MAX_SIDE = math.isqrt(MAX_PIXELS)
+
+
 def size_of(
   given: Any, field: str, known: Iterable[Sequence[str]], source: str = _PROCESSOR
 ) -> dict[str, int]:
@@ -80,9 +84,11 @@ def size_of(
     sides = dict(zip(("height", "width"), sides, strict=True))
   sides = {k: v for k, v in sides.items() if v is not None} if isinstance(sides, dict) else {}
   names = next((names for names in known if sides.keys() == set(names)), ())
-  if not names or not all(type(side) is int and side > 0 for side in sides.values()):
+  limits = {name: math.inf if name == "longest_edge" else _MAX_SIDE for name in sides}
+  if not names or not all(type(x) is int and 0 < x <= limits[k] for k, x in sides.items()):
     expected = ", or ".join(map(" and ".join, known))
-    raise WeightsError(f"{source}: {field} is {given!r}; expected {expected}, positive integers")
+    wrong = f"{source}: {field} is {given!r}; expected {expected}"
+    raise WeightsError(f"{wrong}, positive integers up to {_MAX_SIDE}")
   return {name: sides[name] for name in names}
 
 

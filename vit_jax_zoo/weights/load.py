@@ -92,6 +92,7 @@ def load_pretrained(
   checkpoint = read_checkpoint(hub.resolve(path))
   kind = model_classes()[checkpoint.family]
   check_fields(kind.__name__, kind, overrides)
+  check_fields(f"{checkpoint.source}: wrong type in config.json", kind, checkpoint.fields)
   model = kind(**{**checkpoint.fields, **overrides})
   requested, trained = _height_width(image_size), _height_width(source_image_size)
   size, checkpoint = checkpoint.choose_size(model, requested, trained)

@@ -93,6 +93,25 @@ def test_preprocessing_is_read_from_config(tmp_path):
   close(preprocess([white])[0, 0, 0], [6.0, 2.5, 4 / 3])
 
 
+@pytest.mark.parametrize(
+  ("key", "value", "named"),
+  [
+    ("num_attention_heads", "4", "num_heads"),
+    ("patch_size", 0, "patch_size"),
+    ("image_size", "32", "image_size"),
+    ("image_size", 10**6, "image_size"),
+    ("layer_norm_eps", "1e-6", "layer_norm_epsilon"),
+    ("hidden_act", ["gelu"], "hidden_act"),
+  ],
+)
+def test_wrong_values_in_config_named(key, value, named, tmp_path):
+  shutil.copy(golden_folder("vit_hf_a") / "model.safetensors", tmp_path)
+  config = {"num_attention_heads": 4, "patch_size": 8, "image_size": 32, key: value}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=rf"^{tmp_path}.*{named} "):
+    load_pretrained(str(tmp_path))
+
+
 def test_invalid_folders_and_models_raise(tmp_path):
   shutil.copy(golden_folder("vit_hf_a") / "model.safetensors", tmp_path)
   with pytest.raises(WeightsError, match=r"no config\.json beside"):

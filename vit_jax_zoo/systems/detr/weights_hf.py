@@ -103,7 +103,7 @@ def infer_fields(
     **fields,
     **encoder,
     "decoder": {key: n for key, n in decoder.items() if n != encoder[key]} or None,
-    "dropout_rate": float(config.get("dropout", 0.1)),
+    "dropout_rate": config.get("dropout", 0.1),
     "position_embedding": config.get("position_embedding_type", "sine"),
     "backbone": {**backbone, "output_stride": stride},
   }

@@ -68,20 +68,23 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
   path, config, arrays = published.path, published.config, published.arrays
   hf_config.check_config(published, {"model_type": "vit"}, ["num_attention_heads", "patch_size"])
   activation, pooler = config.get("hidden_act", "gelu"), config.get("pooler_act", "tanh")
-  if activation not in ACTIVATIONS or pooler != "tanh":
+  if activation not in [*ACTIVATIONS] or pooler != "tanh":
     given = f"hidden_act {activation!r} and pooler_act {pooler!r}"
     raise WeightsError(f"{path} has {given}; known are {', '.join(ACTIVATIONS)}, and tanh")
-  patch = config["patch_size"]
-  sides = {patch} if isinstance(patch, int) else set(patch)
-  if len(sides) != 1:
-    raise WeightsError(f"{path} has patches of {patch}; ours are square")
+  file, sides = f"{path}/config.json", [("height", "width")]
+  stated = {"image_size": config.get("image_size", 224), "patch_size": config["patch_size"]}
+  size, (patch, other) = (
+    tuple(hf_config.size_of(value, key, sides, file).values()) for key, value in stated.items()
+  )
+  if patch != other:
+    raise WeightsError(f"{path} has patches of {config['patch_size']}; ours are square")
   hidden = rf"{_LAYER}intermediate\.dense\.weight"
   width, mlp_dim = side(arrays, (hidden, 2, 1)), side(arrays, (hidden, 2, 0))
   if width is None or mlp_dim is None:
     raise common.not_a_vit(arrays, path, "Hugging Face")
   fields: dict[str, Any] = {
     "num_classes": outputs_of(arrays, "classifier"),
-    "patch_size": sides.pop(),
+    "patch_size": patch,
     "width": width,
     "depth": count(arrays, _LAYER),
     "num_heads": config["num_attention_heads"],
@@ -95,8 +98,6 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
     "activation": ACTIVATIONS[activation],
     "layer_norm_epsilon": config.get("layer_norm_eps", 1e-12),
   }
-  given = config.get("image_size", 224)
-  size = (given, given) if isinstance(given, int) else (int(given[0]), int(given[1]))
   task_fields = hf_config.read_class_names(config, fields["num_classes"] or 0)
   if config.get("problem_type") == _MULTI_LABEL:
     task_fields["objective"] = "sigmoid"
