@@ -330,3 +330,10 @@ def test_class_table_counts():
   gaps = set(range(1, 91)) - set(coco_names.THINGS)
   assert gaps == {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
   assert coco_names.coco_ids(("cat", "dog")) is None
+
+
+def test_panoptic_files_named(tmp_path):
+  (tmp_path / "annotations").mkdir()
+  (tmp_path / "annotations" / "panoptic_train.json").write_text("{}")
+  with pytest.raises(ValueError, match=r"panoptic_train\.json needs panoptic=True"):
+    load_source(f"coco:{tmp_path}", "train")

@@ -272,6 +272,13 @@ def test_class_names_alike_raise(paths, tmp_path):
   assert source.info.class_names == tuple(names)
 
 
+def test_label_maps_beside_images_raise(tmp_path):
+  write(tmp_path, *(f"{name}/{i}.png" for name in ("images", "Masks") for i in range(2)))
+  with pytest.raises(ValueError, match=rf"{tmp_path}: Masks/ .*segmentation:{tmp_path}"):
+    load_source(f"folder:{tmp_path}", "train")
+  assert len(load_source(f"folder:{tmp_path}", "all", class_names=("images", "Masks"))) == 4
+
+
 def test_class_names_of_signs_read(tmp_path):
   names = ("-1", "1", "1-2", "12", "_1")
   write(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(2)))

@@ -165,7 +165,9 @@ def open_splits(
   found = dict(_find(root, panoptic=panoptic))
   if not found:
     expected = "panoptic_*.json" if panoptic else f"instances_*.json, or a folder with {ROBOFLOW}"
-    raise ValueError(f"{root}: no annotation files; expected annotations/{expected}")
+    other = [*(root / "annotations").glob(f"{'instances' if panoptic else 'panoptic'}_*.json")]
+    hint = f"; {other[0].name} needs panoptic={not panoptic}" if other else ""
+    raise ValueError(f"{root}: no annotation files; expected annotations/{expected}{hint}")
   options = dict(annotated_only=annotated_only, exif_frame=exif_frame)
   opened = {
     name: functools.cache(functools.partial(_open, f"coco:{location} {name}", split, **options))

@@ -41,6 +41,7 @@ _SYSTEM_FOLDERS = (
   "__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found", "system volume information",
 )  # fmt: skip
 
+_LABEL_MAPS = ("mask", "masks", "label", "labels", "annotation", "annotations", "segmentations")
 _CONTAINERS = ("data", "dataset", "datasets", "images", "imgs", "photos", "pictures")
 
 _warn_once = functools.cache(logging.warning)
@@ -266,6 +267,10 @@ def _check_inner_folders(root: pathlib.Path, files: Sequence[tuple[str, str]]) -
   stems = {re.sub(r"\d+", "", top) for top in inside}  # "fold" of fold1 and fold2
   are_parts = len(inside) > len(stems) == 1 and re.search(r"[^\W_]", "".join(stems))
   are_parts = are_parts and all("" not in names for names in inside.values())
+  maps = sorted(top for top in inside if top.lower() in _LABEL_MAPS)
+  if maps and {top.lower() for top in inside} & {*_CONTAINERS}:
+    wrong = f"{root}: {maps[0]}/ beside images/ is no class; expected <class>/<image>"
+    raise ValueError(f"{wrong}. Set segmentation:{root} for label maps, or list it in class_names")
   first: dict[str, str] = {}  # folders by the folders inside
   for top, names in sorted(inside.items()):
     listed = ", ".join((folders := sorted(names - {""}))[:_LISTED])
