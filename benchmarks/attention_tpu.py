@@ -19,7 +19,7 @@ from flax import linen as nn
 from tpu_compile import compile_for_core
 
 from vit_jax_zoo.nn.attention import MultiHeadAttention
-from vit_jax_zoo.ops import fused_attention
+from vit_jax_zoo.ops import attention as fused_attention
 from vit_jax_zoo.planning.hardware import find_machine
 from vit_jax_zoo.planning.plan import seconds
 from vit_jax_zoo.systems.fpt import attention as fpt_attention

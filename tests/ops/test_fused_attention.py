@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vit_jax_zoo.nn.attention import MultiHeadAttention, attend, key_padding_mask
-from vit_jax_zoo.ops import fused_attention
+from vit_jax_zoo.ops import attention as fused_attention
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.training.sharding import create_mesh
 

@@ -10,12 +10,11 @@ from flax.typing import Dtype, Initializer
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from vit_jax_zoo.ops.attention import NEGATIVE, attend_on_cpu, matrix_product
-from vit_jax_zoo.ops.fused_attention import attend_fused, is_fused
+from vit_jax_zoo.ops.attention import MASKED, attend_fused, attend_on_cpu, is_fused, matrix_product
 from vit_jax_zoo.ops.sharding import is_for_cpu
 
 Implementation: TypeAlias = Literal["xla", "cudnn"] | None
-"""None: on CPUs `ops.attention`, of long sequences on TPUs `ops.fused_attention`, else JAX's.
+"""None: on CPUs, and of long sequences on TPUs, those of `ops.attention`; else JAX's.
 "xla" and "cudnn" (the fused kernel of NVIDIA GPUs, 16-bit inputs only) are those of
 `jax.nn.dot_product_attention`."""
 
@@ -58,7 +57,7 @@ def attention_weights(
   scale = query.shape[-1] ** -0.5
   scores = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=jnp.float32) * scale
   mask = _add_causal(mask, query, key) if is_causal else mask
-  return jax.nn.softmax(scores if mask is None else jnp.where(mask, scores, NEGATIVE), axis=-1)
+  return jax.nn.softmax(scores if mask is None else jnp.where(mask, scores, MASKED), axis=-1)
 
 
 def _add_causal(mask: Array | None, query: Array, key: Array) -> Bool[Array, "#b #h n m"]:
@@ -80,7 +79,7 @@ def attend_cached(
   scores = product("snd,smd->snm", heads_first(query), key) * width**-0.5
   own = past_length + jnp.arange(new, dtype=past_length.dtype)
   before = jnp.arange(key.shape[1], dtype=own.dtype)[None, None] <= own[None, :, None]
-  scores = jnp.where(before, scores, NEGATIVE)
+  scores = jnp.where(before, scores, MASKED)
   weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
   context = product("snm,smd->snd", weights, value).astype(value.dtype)
   return context.reshape(batch, heads, new, width).swapaxes(1, 2)

@@ -1,7 +1,4 @@
-"""FLOPs of a JAX function, counted from its jaxpr.
-
-XLA's cost analysis counts the body of a loop once; here a scan counts its length.
-"""
+"""FLOPs of a JAX function from its jaxpr: XLA's cost analysis counts the body of a loop once."""
 
 import math
 from collections.abc import Callable

@@ -23,7 +23,7 @@ from vit_jax_zoo.nn.attention import Implementation, MultiHeadAttention, key_pad
 from vit_jax_zoo.nn.init import kaiming_uniform, pytorch_uniform
 from vit_jax_zoo.nn.resnet import RESNET_BLOCKS, ResNet
 from vit_jax_zoo.nn.transformer import Mlp, Stack
-from vit_jax_zoo.ops.attention import NEGATIVE
+from vit_jax_zoo.ops.attention import MASKED
 from vit_jax_zoo.ops.checks import check_positive, check_rates
 from vit_jax_zoo.ops.resize import resize_nearest
 from vit_jax_zoo.ops.sharding import shard_batch
@@ -323,7 +323,7 @@ class MaskAttention(nn.Module):
     query = project(name="query")(queries) * heads[1] ** -0.5
     key = project(name="key")(memory)
     scores = jnp.einsum("bqmc,bhwmc->bqhwm", query, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(keep[:, None, :, :, None], scores, NEGATIVE)
+    scores = jnp.where(keep[:, None, :, :, None], scores, MASKED)
     return jax.nn.softmax(scores, axis=(2, 3, 4))
 
 

@@ -9,16 +9,8 @@ import numpy as np
 
 from vit_jax_zoo.errors import name_of
 from vit_jax_zoo.figures.detection import draw_detections
-from vit_jax_zoo.inference.base import (
-  Image,
-  Options,
-  Picture,
-  Predictor,
-  Result,
-  Trained,
-  jit_by_image_size,
-  pad_example,
-)
+from vit_jax_zoo.inference import base
+from vit_jax_zoo.inference.base import Image, Options, Picture, Predictor, Result, Trained
 from vit_jax_zoo.inference.coco_json import box_annotation
 from vit_jax_zoo.metrics.detection import encode_masks, original_masks
 from vit_jax_zoo.systems.detr.figures import draw_query_attention, paint_segments
@@ -39,8 +31,8 @@ class DetectionPredictor(Predictor):
     super().__init__(trained, options)
     self._task = task = dataclasses.replace(self._task, draw_attention=options.explain)
     self._stuff_from = task.num_classes if task.stuff_from is None else task.stuff_from
-    self._predict = jit_by_image_size(self._task.predict)
-    self._predict_padded = jit_by_image_size(self._task.padding_invariant().predict)
+    self._predict = base.jit_by_image_size(self._task.predict)
+    self._predict_padded = base.jit_by_image_size(self._task.padding_invariant().predict)
 
   def prepare(self, image: Image) -> dict[str, np.ndarray]:
     """Returns `image`, padded; `image_size` without padding; `original_size`."""
@@ -48,9 +40,9 @@ class DetectionPredictor(Predictor):
     shape = np.shape(example["image"])[:2]
     # As it is: a mask head's group norms include padding, and some preprocessing pads itself.
     if self._task.model.mask_head or tuple(example.get("image_size", shape)) != shape:
-      padded = pad_example(example, lambda side: side)
+      padded = base.pad_example(example, lambda side: side)
     else:
-      padded = {**pad_example(example, self._padded_side), "is_rounded": np.array(1)}
+      padded = {**base.pad_example(example, self._padded_side), "is_rounded": np.array(1)}
     return padded | {"original_size": np.array(image.shape[:2], np.int32)}
 
   def predict(self, images: Sequence[np.ndarray], batch: Mapping[str, np.ndarray]) -> list[Result]:

@@ -182,9 +182,6 @@ def write_checkpoint(path: str, export: Pretrained) -> None:
   write_state_dict(path, state_dict(export.variables), wrapper="model")
 
 
-FACEBOOK = "https://dl.fbaipublicfiles.com/detr"
-_README = "facebookresearch/detr, README"
-
 _DETR = {
   "detr_r50": ("e632da11", "42.0 box AP"),
   "detr_r50_dc5": ("f0fb7ef5", "43.3 box AP"),
@@ -196,11 +193,13 @@ _DETR = {
 }
 """Start of the SHA-256 of the official file, score on COCO val2017."""
 
+_README = "facebookresearch/detr, README"
 PAPER_SCORES = {model: (f"{score} (COCO)", _README) for model, (_, score) in _DETR.items()}
 
 PUBLISHED: dict[str, Entry] = {}
 for _model, (_sha256, _) in _DETR.items():
   _name, _score = _model.replace("_", "-"), PAPER_SCORES[_model]
-  _url, _hub = f"{FACEBOOK}/{_name}-{_sha256}.pth", f"facebook/{_name.replace('-r', '-resnet-')}"
+  _url = f"https://dl.fbaipublicfiles.com/detr/{_name}-{_sha256}.pth"
+  _hub = f"facebook/{_name.replace('-r', '-resnet-')}"
   PUBLISHED[f"{_model}_coco"] = Entry(_model, (_url,), "", _sha256, *_score)
   PUBLISHED[f"{_model}_coco_hub"] = Entry(_model, (), _hub, "", *_score)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vit_jax_zoo.ops.fused_attention import attend_fused, is_fused
+from vit_jax_zoo.ops.attention import attend_fused, is_fused
 from vit_jax_zoo.ops.resize import resize_nearest
 
 BLOCK_ELEMENTS = 2**22

@@ -8,16 +8,8 @@ import numpy as np
 
 from vit_jax_zoo.errors import name_of
 from vit_jax_zoo.figures.detection import draw_detections, draw_predicted_masks
-from vit_jax_zoo.inference.base import (
-  Image,
-  Options,
-  Picture,
-  Predictor,
-  Result,
-  Trained,
-  jit_by_image_size,
-  pad_example,
-)
+from vit_jax_zoo.inference import base
+from vit_jax_zoo.inference.base import Image, Options, Picture, Predictor, Result, Trained
 from vit_jax_zoo.inference.coco_json import box_annotation
 from vit_jax_zoo.metrics.detection import encode_masks
 from vit_jax_zoo.ops.mask_paste import paste_masks
@@ -35,12 +27,12 @@ class InstancePredictor(Predictor):
     super().__init__(trained, options)
     if options.explain and not hasattr(getattr(trained.model, "neck_class", None), "explain"):
       raise ValueError("--explain: the model's neck has no attention maps; leave --explain out")
-    self._predict = jit_by_image_size(self._task.predict)
+    self._predict = base.jit_by_image_size(self._task.predict)
 
   def prepare(self, image: Image) -> dict[str, np.ndarray]:
     """Returns `image`, padded; `image_size` without padding; `original_size`."""
-    multiple = self._task.model.size_multiple
-    padded = pad_example(self._trained.prepare(image), lambda side: -(-side // multiple) * multiple)
+    example, multiple = self._trained.prepare(image), self._task.model.size_multiple
+    padded = base.pad_example(example, lambda side: -(-side // multiple) * multiple)
     return padded | {"original_size": np.array(image.shape[:2], np.int32)}
 
   def predict(self, images: Sequence[np.ndarray], batch: Mapping[str, np.ndarray]) -> list[Result]:

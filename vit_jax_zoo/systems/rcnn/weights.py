@@ -282,7 +282,6 @@ _OUTPUTS = {f"{_PREDICTOR}.cls_score": 1, f"{_PREDICTOR}.bbox_pred": 4}
 _OUTPUTS |= {f"{_MASKS}.mask_fcn_logits": 1}
 PREPROCESS = dataclasses.replace(DETECTION, interpolation="tf_bilinear", rounding="floor")
 """Shorter side 800, longer at most 1333, without antialiasing."""
-COCO_OUTPUTS = 91  # of COCO detectors, background included
 
 
 def rows(pool_size: int = 7) -> tuple[Row, ...]:
@@ -369,6 +368,6 @@ def write_checkpoint(path: str, export: Pretrained) -> None:
       f"convention={fields['convention']!r}; expected 'fpn' and 'torchvision'"
     )
   arrays = write(export.variables, rows(fields["pool_size"]))
-  arrays = without_ids(arrays, _OUTPUTS, export.class_names, COCO_OUTPUTS)
+  arrays = without_ids(arrays, _OUTPUTS, export.class_names, outputs=NUM_CLASSES)
   export.warn_not_stored(path, PREPROCESS)
   write_state_dict(path, arrays)
