@@ -77,9 +77,7 @@ def _product(formula: str, a: Float[Array, "b h _ _"], b: Float[Array, "b h _ _"
   return out.reshape(*a.shape[:2], *out.shape[1:])
 
 
-MIN_LENGTH = 384
-"""Queries and keys from which the kernel is faster than XLA (benchmarks/README.md)."""
-
+MIN_LENGTH = 384  # queries and keys from which the kernel is faster (benchmarks/README.md)
 MAX_BLOCK = 1024  # queries, and keys, in on-chip memory at a time, in 16 bits; in 32 half as many
 MAX_COMPUTE = 512  # keys per matrix product
 MAX_PARTIAL = 4  # gradients of the query in memory, one for each block of keys

@@ -34,8 +34,3 @@ def _check(owner: Any, fields: Iterable[str], is_valid: Callable[[Any], bool], w
   for field in fields:
     if not is_valid(value := getattr(owner, field)):
       raise ValueError(f"{field}: {value}; expected {what}")
-
-
-def check_num_classes(model: Any) -> None:
-  """Raises ValueError if `num_classes` is neither positive nor None."""
-  check_positive(model, "num_classes", hint=", or None for no head")

@@ -17,7 +17,6 @@ from vit_jax_zoo.metrics.base import real_rows
 from vit_jax_zoo.metrics.detection import InstanceEvaluator, original_size
 
 Arrays: TypeAlias = Mapping[str, Any]  # of a batch
-
 VOID = -1
 SCORE_THRESHOLD = 0.85  # section 4.4
 SMALLEST_AREA = 5  # pixels; smaller segments are dropped

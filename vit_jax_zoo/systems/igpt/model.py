@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vit_jax_zoo.nn.attention import Implementation, MultiHeadAttention
 from vit_jax_zoo.nn.transformer import SHARDING_RULES as SHARDING_RULES
 from vit_jax_zoo.nn.transformer import Mlp, Stack
-from vit_jax_zoo.ops.checks import check_num_classes, check_positive
+from vit_jax_zoo.ops.checks import check_positive
 from vit_jax_zoo.ops.sharding import shard_batch
 from vit_jax_zoo.systems.igpt.palette import nearest_cluster, spread_clusters
 
@@ -55,7 +55,7 @@ class ImageGPT(nn.Module):
 
   def setup(self) -> None:
     check_positive(self, "num_colors", "num_positions", "width", "depth", "num_heads")
-    check_num_classes(self)
+    check_positive(self, "num_classes", hint=", or None for no head")
     colors, positions = (self.num_colors, self.width), (self.num_positions, self.width)
     self.token_embedding = self.param("token_embedding", normal(0.02), colors, jnp.float32)
     self.position_embedding = self.param("position_embedding", normal(0.01), positions, jnp.float32)

@@ -28,7 +28,7 @@ from vit_jax_zoo.figures import canvas
 from vit_jax_zoo.figures.attention import draw_filters
 from vit_jax_zoo.figures.canvas import MARGIN, add_axes
 from vit_jax_zoo.nn.resnet import ACTIVATIONS, RESNET_BLOCKS, STAGES, Bottleneck, ResNet
-from vit_jax_zoo.ops.checks import check_num_classes, check_rates
+from vit_jax_zoo.ops.checks import check_positive, check_rates
 from vit_jax_zoo.systems.lambda_resnet.layer import LambdaLayer
 
 # Blocks of c4 with a lambda layer by network depth (appendix, architectures): step, number.
@@ -161,7 +161,7 @@ class LambdaResNet(ResNet):
 
   def check(self) -> None:
     super().check()
-    check_num_classes(self)
+    check_positive(self, "num_classes", hint=", or None for no head")
     check_rates(self, "dropout_rate")
     if (given := len(self.lambda_blocks)) != len(STAGES):
       raise ValueError(f"lambda_blocks: {given} entries; expected four, for c2 to c5")

@@ -20,7 +20,7 @@ from vit_jax_zoo.nn.attention import Implementation, MultiHeadAttention
 from vit_jax_zoo.nn.drop import DropPath, drop_path_rates
 from vit_jax_zoo.nn.transformer import SHARDING_RULES as SHARDING_RULES
 from vit_jax_zoo.nn.transformer import Mlp, Stack
-from vit_jax_zoo.ops.checks import check_num_classes, check_positive, check_rates
+from vit_jax_zoo.ops.checks import check_positive, check_rates
 from vit_jax_zoo.ops.sharding import shard_batch
 from vit_jax_zoo.systems.vit import figures
 
@@ -319,7 +319,7 @@ def _check(model: VisionTransformer, image_size: tuple[int, int]) -> None:
   check_names("pool", [model.pool], ("cls", "mean"))
   if model.pool == "cls" and not model.has_cls_token:
     raise ValueError("cls_token: False with pool='cls'; set cls_token=True or pool='mean'")
-  check_num_classes(model)
+  check_positive(model, "num_classes", hint=", or None for no head")
   check_positive(model, "patch_size", "width", "depth", "num_heads", "mlp_dim")
   check_rates(model, "dropout_rate", "drop_path_rate")
   stride = model.token_stride
