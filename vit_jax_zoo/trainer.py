@@ -150,8 +150,8 @@ def _check_evaluations(experiment: Experiment, program: EvaluationProgram) -> No
     except Exception as error:
       reason = shorten(f"{type(error).__name__}: {error}".splitlines()[0], 200)
       sizes = [b["image"].shape[1:3] for b in (batch, program.abstract_batch) if "image" in b]
-      both = "images of {}; expected {}" if len(set(sizes)) == 2 else "wrong batches"
-      raise ValueError(f"data.eval.{name}.transforms: {both.format(*sizes)} ({reason})") from error
+      both = ".transforms: images of {}; expected {}" if len(set(sizes)) == 2 else ": wrong"
+      raise ValueError(f"data.eval.{name}{both.format(*sizes)} ({reason})") from error
 
 
 def _initial_state(

@@ -180,6 +180,10 @@ def _direction_of(fields: Mapping[str, Any]) -> tuple[_Kind, Transformation]:
     is_other = key in _NO_NUMBERS or key.endswith("dtype")
     if not (is_other or isinstance(value, Number | None)):
       raise ValueError(f"optimizer.{key}: {value!r}; expected a number")
+    below = 1 if key in ("b1", "b2", "beta2_cap", "momentum") else math.inf
+    is_other |= value is None or key in ("learning_rate", "clip_norm")  # checked where used
+    if not (is_other or 0 <= value < below):
+      raise ValueError(f"optimizer.{key}: {value!r}; expected a number in [0, {below})")
   own = {k: v for k, v in fields.items() if k not in _FIELDS}
   own |= {k: jnp.dtype(v) for k, v in own.items() if k.endswith("dtype") and v is not None}
   return OPTIMIZERS[name], OPTIMIZERS[name].direction(**own)
