@@ -73,8 +73,8 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
     raise WeightsError(f"{path} has {given}; known are {', '.join(ACTIVATIONS)}, and tanh")
   file, sides = f"{path}/config.json", [("height", "width")]
   stated = {"image_size": config.get("image_size", 224), "patch_size": config["patch_size"]}
-  size, (patch, other) = (
-    tuple(hf_config.size_of(value, key, sides, file).values()) for key, value in stated.items()
+  (rows, columns), (patch, other) = (
+    hf_config.size_of(value, key, sides, file).values() for key, value in stated.items()
   )
   if patch != other:
     raise WeightsError(f"{path} has patches of {config['patch_size']}; ours are square")
@@ -107,9 +107,9 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
     table=(*CLASSIFIER_TABLE, *BASE_TABLE),
     fields=fields,
     resize="bicubic",
-    preprocess=hf_config.read_preprocess(published.processor, size, "ViT"),
+    preprocess=hf_config.read_preprocess(published.processor, (rows, columns), "ViT"),
     task_fields=task_fields,
-    image_size=size,
+    image_size=(rows, columns),
   )
 
 
