@@ -83,7 +83,7 @@ class DetectionPredictor(Predictor):
       more = {"segments_info": self._segments_info(segmentation)}
     objects = [
       box_annotation({"category_id": int(label), **self.named(label)}, box, float(score), **outline)
-      for label, box, score, outline in zip(labels, boxes, scores, outlines, strict=True)
+      for label, box, score, outline in zip(labels, boxes.tolist(), scores, outlines, strict=True)
     ]
     attention = None
     if self._options.explain:  # without the cells in the padding
