@@ -206,11 +206,12 @@ benchmarks/learning_parity.py`."""
 
 
 def run(name: str, side: str, seed: int, folder: pathlib.Path, *, toy: bool) -> dict[str, Any]:
-  """Returns losses and score of one side, trained in a new process."""
+  """Returns losses, score and machine of one side, trained in a new process."""
+  versions = {"machine": timing.machine("optax", "torch", "timm", "transformers")}
   if side == "reference":
-    return timing.in_new_process(train_reference, name, seed, folder, toy)
+    return timing.in_new_process(train_reference, name, seed, folder, toy) | versions
   dtype = "float32" if side == "here" else side
-  return timing.in_new_process(train, name, seed, folder, dtype, toy)
+  return timing.in_new_process(train, name, seed, folder, dtype, toy) | versions
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -293,7 +294,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     found = run(name, side, seed, folder, toy=flags.toy)
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    about = {"date": date, "machine": timing.machine("optax", "torch", "timm", "transformers")}
+    about = {"date": date, "machine": found.pop("machine")}
     found["losses"] = [float(f"{loss:.5g}") for loss in found["losses"]]
     runs.append({"system": name, "seed": seed, "side": side, **about, **found})
     lines = ",\n".join(json.dumps(r) for r in runs)

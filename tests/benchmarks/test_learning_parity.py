@@ -27,7 +27,7 @@ def test_only_missing_runs_executed_and_compared_by_seed(tmp_path, monkeypatch, 
   def run(name, side, seed, folder, *, toy):
     made.append((name, side, seed))
     score = 0.9 + 0.01 * seed + {"here": 0.0, "reference": 0.004, "bfloat16": -0.01}[side]
-    return {"losses": [2.0, 1.0], "score": score}
+    return {"losses": [2.0, 1.0], "score": score, "machine": "2 cores"}
 
   monkeypatch.setattr(learning_parity, "run", run)
   call(monkeypatch, tmp_path, "--systems=vit", "--seeds=0")
