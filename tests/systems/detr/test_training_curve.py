@@ -157,9 +157,9 @@ def test_training_curve_of_detection_equals_official_code():
 def test_training_curve_in_bfloat16_follows_float32():
   outputs, history, *_ = train("train_detr_a", computed_in=jnp.bfloat16)
   losses = np.array([metrics["loss"] for metrics in history])
-  np.testing.assert_allclose(losses, outputs["loss"], rtol=0.05)
+  np.testing.assert_allclose(losses, outputs["loss"], rtol=0.08)
   epochs, expected = (x[:18].reshape(6, 3).mean(axis=1) for x in (losses, outputs["loss"]))
-  np.testing.assert_allclose(epochs, expected, rtol=0.02)
+  np.testing.assert_allclose(epochs, expected, rtol=0.04)
   assert epochs[-1] < 0.7 * epochs[0]
 
 
