@@ -34,11 +34,11 @@ class Registry(collections.UserDict[str, Any]):
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """A published checkpoint format; `weights.load` documents the functions of its module."""
+  """A published checkpoint format; `weights.load` documents its functions."""
 
   name: str  # of `export --format=`
   family: str  # of its models, a key of `System.models`
-  module: str
+  module: str  # or "module:class"
   description: str  # for error messages: "timm's ViT"
 
 

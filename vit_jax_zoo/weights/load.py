@@ -1,6 +1,6 @@
 """Reads published checkpoints, into a new model or into the variables of an existing one.
 
-A system registers its formats (`registry.Format`). A format's module has three functions:
+A system registers its formats (`registry.Format`). A format's module or class has three functions:
 
 * `is_of(arrays) -> bool`: whether a file with these keys has this format;
 * `read_checkpoint(published) -> Checkpoint`: from what `readers.read_published` returns;
@@ -10,7 +10,6 @@ A system registers its formats (`registry.Format`). A format's module has three 
 
 import functools
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ from vit_jax_zoo.weights.readers import read_published
 
 
 @functools.cache
-def formats() -> dict[Format, ModuleType]:
+def formats() -> dict[Format, Any]:
   """Returns the formats of all systems with their modules, in the order in which they are tried."""
   return {
     form: load_reference(name, form.module)
@@ -55,7 +54,7 @@ def read_checkpoint(path: str) -> Checkpoint:
     ) from None
 
 
-def writable_formats(family: str) -> dict[str, ModuleType]:
+def writable_formats(family: str) -> dict[str, Any]:
   """Returns the modules of the formats in which a model family can be written, by format name."""
   return {
     form.name: module

@@ -7,10 +7,10 @@ from flax import traverse_util
 
 from tests.conftest import golden_folder
 from vit_jax_zoo import weights
-from vit_jax_zoo.systems.ttsr import weights_vgg as vgg_torchvision
 from vit_jax_zoo.systems.ttsr.losses import VGG19, Discriminator
 from vit_jax_zoo.systems.ttsr.model import TTSR
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
+from vit_jax_zoo.systems.ttsr.weights import VGG_IGNORE, VGG_TABLE
 from vit_jax_zoo.weights import key_map
 
 
@@ -67,9 +67,9 @@ def vgg_params(arrays):
   flat = traverse_util.flatten_dict(shapes["params"], sep="/")
   layers = key_map.read(
     published,
-    vgg_torchvision.TABLE,
+    VGG_TABLE,
     {path: leaf.shape for path, leaf in flat.items()},
     source="the fixture",
-    ignore=vgg_torchvision.IGNORE,
+    ignore=VGG_IGNORE,
   )
   return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(layers, sep="/"))

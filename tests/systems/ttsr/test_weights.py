@@ -11,10 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 from tests.conftest import golden_folder
 from vit_jax_zoo import export, weights
-from vit_jax_zoo.systems.ttsr import weights_vgg as vgg_torchvision
 from vit_jax_zoo.systems.ttsr.losses import VGG19, Discriminator
 from vit_jax_zoo.systems.ttsr.model import TTSR
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
+from vit_jax_zoo.systems.ttsr.weights import VggFormat
 from vit_jax_zoo.weights.checkpoint import Pretrained
 from vit_jax_zoo.weights.key_map import WeightsError, unroll
 from vit_jax_zoo.weights.load import flatten_variables, writable_formats
@@ -122,7 +122,7 @@ def vgg():
 
 def write_vgg(path, params, **more):
   flat = {f"vgg/{k}": v for k, v in traverse_util.flatten_dict(params, sep="/").items()}
-  vgg_torchvision.write_checkpoint(
+  VggFormat.write_checkpoint(
     str(path), Pretrained(VGG19(("relu5_1",)), flat, weights.Preprocess((8, 8)), {})
   )
   save_file(load_file(path) | more, path)

@@ -14,13 +14,13 @@ SYSTEM = System(
   ),
   formats=(
     Format("pt", "ttsr", "weights", "the official code's TTSR"),
-    Format("pth-vgg19", "ttsr", "weights_vgg", "torchvision's VGG-19"),
+    Format("pth-vgg19", "ttsr", "weights:VggFormat", "torchvision's VGG-19"),
   ),
-  published="weights_vgg:PUBLISHED",
+  published="weights:PUBLISHED",
   paper_scores="weights:PAPER_SCORES",
   part_readers={
-    "vgg": "weights_vgg:read_vgg",
-    "params/generator/extractor": "weights_vgg:read_vgg",
+    "vgg": "weights:read_vgg",
+    "params/generator/extractor": "weights:read_vgg",
   },
   several_inputs=("ttsr",),
   renamed_fields=(

@@ -107,8 +107,8 @@ class SuperResolutionPredictor(base.Predictor):
   def _reference_features(self) -> tuple[Array, tuple[Array, ...]]:
     """The keys of the search [1 i j c], and the textures, the coarsest level first."""
     blurred = enlarge(shrink(self._reference), self._reference.shape[:2])
-    keys = self._jitted_features(_batch(blurred), precise=True)[2]
-    return keys, self._jitted_features(_batch(self._reference), precise=False)[::-1]
+    keys = self._jitted_features(blurred[None], precise=True)[2]
+    return keys, self._jitted_features(self._reference[None], precise=False)[::-1]
 
   def _match(self, upsampled: UInt8[np.ndarray, "h4 w4 3"]) -> Match:
     size = tuple(side // SCALE for side in upsampled.shape[:2])
@@ -116,7 +116,7 @@ class SuperResolutionPredictor(base.Predictor):
     windows = list(cut(size, self._window, SEARCH_REACH))
     keys, _ = self._reference_features
     for part in track(windows, "searching", len(windows), "windows"):
-      found = self._jitted_search(_batch(upsampled[scaled(part.outer)]), keys)
+      found = self._jitted_search(upsampled[scaled(part.outer)][None], keys)
       for whole, own in zip(match, found, strict=True):
         whole[0][part.core] = np.asarray(own)[0][part.middle]
     return Match(*map(jnp.asarray, match))
@@ -127,7 +127,7 @@ class SuperResolutionPredictor(base.Predictor):
     for part in track(windows, "enlarging", len(windows), "windows"):
       around = Match(*(x[:, *part.outer] for x in match))
       textures = self._reference_features[1]
-      restored = self._jitted_restore(_batch(image[part.outer]), around, textures)
+      restored = self._jitted_restore(image[part.outer][None], around, textures)
       result[0][scaled(part.core)] = np.asarray(restored)[0][scaled(part.middle)]
     return result[0], len(windows)
 
@@ -190,7 +190,3 @@ def _cut_side(length: int, window: int, reach: int) -> Iterator[tuple[slice, sli
     stop = length if end == length else max(start + window - 2 * reach, end - reach)
     yield slice(first, end), slice(start, stop), slice(start - first, stop - first)
     start = stop
-
-
-def _batch(image: UInt8[np.ndarray, "h w 3"]) -> Array:
-  return jnp.asarray(image)[None]

@@ -23,7 +23,7 @@ from vit_jax_zoo.training import train_step as steps
 from vit_jax_zoo.training.optim import Optimizer
 from vit_jax_zoo.training.train_step import TrainState
 
-Terms: TypeAlias = tuple[losses.PerExample, dict[str, Any]]  # the loss; metrics, and if they count
+Terms: TypeAlias = tuple[losses.PerExample, dict[str, Any]]  # loss; name -> (metric, is_active)
 INPUTS = ("low_res_image", "upsampled_image", "ref_image", "blurred_ref_image")  # of the model
 
 

@@ -1,4 +1,4 @@
-"""TTSR's checkpoints, `TTSR.pt` and `TTSR-rec.pt` (researchmm/TTSR), without discriminator."""
+"""TTSR's checkpoints, `TTSR.pt` and `TTSR-rec.pt` (researchmm/TTSR), and torchvision's VGG-19."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,16 +6,21 @@ from typing import Any
 import numpy as np
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
-from vit_jax_zoo.systems.ttsr.weights_vgg import VGG_LAYERS
+from vit_jax_zoo.systems.ttsr.losses import VGG_DEPTHS
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained
-from vit_jax_zoo.weights.key_map import WeightsError, write
+from vit_jax_zoo.weights.hub import Entry
+from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, read, write
 from vit_jax_zoo.weights.preprocess import Preprocess
-from vit_jax_zoo.weights.readers import Published, write_state_dict
+from vit_jax_zoo.weights.readers import Published, read_published, write_state_dict
 from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, layer_rows
 
 TRAINED_SIZE = (160, 160)  # of the training images of the released weights
 
-# The released files have no stable URL.
+VGG_LAYERS = [f"conv{i}_{j}" for i, n in enumerate(VGG_DEPTHS, 1) for j in range(1, n + 1)]
+VGG_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+
+# TTSR's own files have no stable URL.
+PUBLISHED = {"vgg19_imagenet": Entry("", (VGG_URL,), sha256="dcbb9e9d", source="torchvision")}
 PAPER_SCORES = {"ttsr": ("27.09 dB with l1 alone (CUFED5, five references)", "2006.04139")}
 
 _EXTRACTOR = ("slice1.0", "slice2.2", "slice2.5", "slice3.7", "slice3.10")
@@ -85,7 +90,7 @@ def is_of(published: Mapping[str, np.ndarray]) -> bool:
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
-  """Reads TTSR.pt or TTSR-rec.pt, or their arrays as safetensors."""
+  """Reads TTSR.pt or TTSR-rec.pt, or their arrays as safetensors; there is no discriminator."""
   small, large = (np.zeros((1, side, side, 3), np.float32) for side in (1, 4))
   return Checkpoint(
     source=published.path,
@@ -108,3 +113,52 @@ def write_checkpoint(path: str, export: Pretrained) -> None:
   prefix, given = "generator/", export.variables
   of_run = {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}
   write_state_dict(path, {**write(of_run or given, TABLE), **_NORMALISATION})
+
+
+# Index in torchvision's `features`: ReLUs and the pools after each stage count, too.
+VGG_TABLE: tuple[Row, ...] = tuple(
+  row
+  for i, name in enumerate(VGG_LAYERS)
+  for row in layer_rows(f"features.{2 * i + int(name[4]) - 1}", name, CONVOLUTION)
+)
+"""torchvision's keys and paths of `VGG19`."""
+
+VGG_IGNORE = (r"classifier\..*", r"features\.\d+\..*")  # also layers after the last one used
+
+
+def read_vgg(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
+  """Returns the parameters of a `VGG19`, or of its first layers, by path, for these shapes."""
+  published = read_published(path).arrays
+  if any(key.endswith("running_mean") for key in published):
+    raise WeightsError(
+      f"{path}: VGG with batch norm; expected torchvision's plain vgg19, {VGG_URL}"
+    )
+  return read(published, VGG_TABLE, shapes, source=path, ignore=VGG_IGNORE)
+
+
+class VggFormat:
+  """`vgg19-dcbb9e9d.pth`, and the VGG-19 of a run with a perceptual loss.
+
+  `export --format=pth-vgg19` writes the latter without layers after relu5_1: load such a file into
+  torchvision's `vgg19()` with `strict=False`.
+  """
+
+  @staticmethod
+  def is_of(published: Mapping[str, np.ndarray]) -> bool:
+    """Returns whether the keys are VGG-19's: no other VGG has a convolution at index 16."""
+    return {"features.0.weight", "features.16.weight", "features.28.weight"} <= published.keys()
+
+  @staticmethod
+  def read_checkpoint(published: Published) -> Checkpoint:
+    """Raises WeightsError: a VGG-19 is not a model here, but a part of TTSR's losses."""
+    wrong = f"{published.path}: torchvision's VGG-19 is no model here, but a part of TTSR's losses"
+    raise WeightsError(f"{wrong}; use --config.task.vgg_file")
+
+  @staticmethod
+  def write_checkpoint(path: str, export: Pretrained) -> None:
+    """Writes `.safetensors`, else a PyTorch file (needs torch)."""
+    parts = {k.removeprefix("vgg/"): v for k, v in export.variables.items() if k.startswith("vgg/")}
+    if not parts:
+      expected = "expected a run with a perceptual loss. Published files have none"
+      raise WeightsError(f"pth-vgg19: this TTSR has no VGG-19; {expected}")
+    write_state_dict(path, write(parts, VGG_TABLE))
