@@ -14,9 +14,8 @@ from vit_jax_zoo.ops.attention import MASKED, attend_fused, attend_on_cpu, is_fu
 from vit_jax_zoo.ops.sharding import is_for_cpu
 
 Implementation: TypeAlias = Literal["xla", "cudnn"] | None
-"""None: on CPUs, and of long sequences on TPUs, those of `ops.attention`; else JAX's.
-"xla" and "cudnn" (the fused kernel of NVIDIA GPUs, 16-bit inputs only) are those of
-`jax.nn.dot_product_attention`."""
+"""None: `ops.attention` on CPUs, and on TPUs for long sequences; otherwise JAX's default. "xla" and
+"cudnn" (fused kernel for NVIDIA GPUs, 16-bit inputs only): of `jax.nn.dot_product_attention`."""
 
 Queries: TypeAlias = Float[Array, "b n h d"]
 Keys: TypeAlias = Float[Array, "b m h d"]
@@ -130,10 +129,11 @@ class MultiHeadAttention(nn.Module):
     width = queries.shape[-1]
     if width % self.num_heads:
       raise ValueError(f"num_heads: {self.num_heads}; expected a divisor of the width {width}")
-    project = (self.num_heads, width // self.num_heads), self.qkv_bias, self.kernel_init
-    query = checkpoint_name(self._dense("query", *project)(queries), "query")
-    key = checkpoint_name(self._dense("key", *project)(keys), "key")
-    value = checkpoint_name(self._dense("value", *project)(values), "value")
+    heads = (self.num_heads, width // self.num_heads)
+    project = functools.partial(self._dense, use_bias=self.qkv_bias, kernel_init=self.kernel_init)
+    query = checkpoint_name(project(heads, name="query")(queries), "query")
+    key = checkpoint_name(project(heads, name="key")(keys), "key")
+    value = checkpoint_name(project(heads, name="value")(values), "value")
     cached = self._cache(past_length, key=key, value=value)
     masked: dict[str, Any] = {"mask": mask, "is_causal": is_causal}
     if past_length is not None:
@@ -145,8 +145,8 @@ class MultiHeadAttention(nn.Module):
       context = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(value.dtype), value)
     else:
       context = attend(query, key, value, **masked, implementation=self.implementation)
-    init = self.out_kernel_init or self.kernel_init
-    out = self._dense("out", width, self.out_bias, init, axis=(-2, -1))(context)
+    fields = {"use_bias": self.out_bias, "kernel_init": self.out_kernel_init or self.kernel_init}
+    out = self._dense(width, axis=(-2, -1), **fields, name="out")(context)
     return checkpoint_name(out, "attention_out")
 
   def _cache(self, past_length: Int[Array, ""] | None, **new: Array) -> dict[str, Array]:
@@ -160,7 +160,6 @@ class MultiHeadAttention(nn.Module):
         self.put_variable("cache", name, array)
     return arrays
 
-  def _dense(self, name: str, shape: Any, bias: bool, init: Initializer, axis: Any = -1) -> Any:  # noqa: FBT001
-    options: dict[str, Any] = {"use_bias": bias, "kernel_init": init, "dtype": self.dtype}
+  def _dense(self, features: int | tuple[int, int], **fields: Any) -> nn.DenseGeneral:
     dot_general = matrix_product if is_for_cpu() else None
-    return nn.DenseGeneral(shape, axis, **options, dot_general=dot_general, name=name)
+    return nn.DenseGeneral(features, **fields, dtype=self.dtype, dot_general=dot_general)

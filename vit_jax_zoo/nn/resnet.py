@@ -46,6 +46,10 @@ def _convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], precisi
   )
 
 
+def _forward(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], precision: Any) -> Any:
+  return _convolve(x, kernel, strides, precision), (x, kernel)
+
+
 def _backward(strides: tuple[int, int], precision: Any, kept: Any, gradient: jax.Array) -> Any:
   x, kernel = kept
   convolve = functools.partial(_convolve.fun, strides=strides, precision=precision)
@@ -59,7 +63,7 @@ def _backward(strides: tuple[int, int], precision: Any, kept: Any, gradient: jax
   return of_x, of_kernel[None, None]
 
 
-_convolve.defvjp(lambda x, kernel, *fields: (_convolve(x, kernel, *fields), (x, kernel)), _backward)
+_convolve.defvjp(_forward, _backward)
 
 
 # arXiv:1512.03385, Table 1; from 200 on, ResNet-RS (arXiv:2103.07579).
