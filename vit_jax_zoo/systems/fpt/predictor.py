@@ -7,15 +7,8 @@ import cv2
 import jax
 import numpy as np
 
-from vit_jax_zoo.inference.base import (
-  Image,
-  Options,
-  Picture,
-  Predictor,
-  Result,
-  Trained,
-  jit_by_image_size,
-)
+from vit_jax_zoo.inference import base
+from vit_jax_zoo.inference.base import Image, Options, Picture, Predictor, Result, Trained
 from vit_jax_zoo.systems.fpt.figures import color_labels
 
 OPACITY = 0.55  # of the class colors in the overlay
@@ -28,9 +21,10 @@ class SegmentationPredictor(Predictor):
 
   def __init__(self, trained: Trained, options: Options) -> None:
     if options.explain and getattr(trained.model, "neck", None) != "fpt":
-      raise ValueError("--explain: a model without transformer has no attention maps")
+      wrong = "--explain: a model without transformer has no attention maps"
+      raise ValueError(f"{wrong}; leave --explain out")
     super().__init__(trained, options)
-    self._predict = jit_by_image_size(self._task.predict)
+    self._predict = base.jit_by_image_size(self._task.predict)
 
   def predict(self, images: Sequence[np.ndarray], batch: Mapping[str, np.ndarray]) -> list[Result]:
     """Returns `classes`, largest first, and images in the input's size.

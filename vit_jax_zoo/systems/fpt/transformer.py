@@ -241,32 +241,35 @@ class FeaturePyramidTransformer(nn.Module):
       levels = [self._conv(f"lateral_{i}", x, 1, train=train) for i, x in enumerate(levels)]
     outputs = []
     for i, x in enumerate(levels):
-      parts = [self._transform(f"self_{i}", x, train=train)]
+      parts = {f"self_{i}": self._self(f"self_{i}", x, train=train)}
       for j in reversed(range(i)):
-        parts.append(self._transform(f"render_{i}_{j}", x, levels[j], train=train))
+        parts[f"render_{i}_{j}"] = self._render(f"render_{i}_{j}", x, levels[j], train=train)
       for j in range(i + 1, len(levels)):
-        parts.append(self._transform(f"ground_{i}_{j}", x, levels[j], train=train))
-      joined = jnp.concatenate([*map(shard_batch, parts), x], axis=-1)
+        parts[f"ground_{i}_{j}"] = self._ground(f"ground_{i}_{j}", x, levels[j], train=train)
+      for name, part in parts.items():
+        self.sow("intermediates", f"{name}_output", part)
+      joined = jnp.concatenate([*map(shard_batch, parts.values()), x], axis=-1)
       output = self._conv(f"join_{i}", shard_batch(joined), 3, train=train)
       outputs.append(DropBlock(self.drop_block_rate, name=f"drop_block_{i}")(output, train=train))
     return tuple(outputs)
 
-  def _transform(self, name: str, *maps: Array, train: bool) -> NewMap:
-    blocks = {"block_elements": self.block_elements}
-    parts = {"num_parts": self.self_parts, **blocks}
-    modules: dict[tuple[str, str], tuple[Any, dict[str, Any]]] = {
-      ("paper", "self"): (SelfTransformer, parts),
-      ("paper", "ground"): (GroundingTransformer, {"window": self.window, **blocks}),
-      ("paper", "render"): (RenderingTransformer, {}),
-      ("official", "self"): (OfficialSelfTransformer, {"dropout_rate": self.dropout_rate, **parts}),
-      ("official", "ground"): (OfficialGroundingTransformer, {}),
-      ("official", "render"): (OfficialRenderingTransformer, {}),
-    }
-    module, fields = modules[self.variant, name.partition("_")[0]]
-    mode = {"train": train} if self.variant == "official" else {}
-    x = module(self.width, **fields, dtype=self.dtype, name=name)(*maps, **mode)
-    self.sow("intermediates", f"{name}_output", x)
-    return x
+  def _self(self, name: str, x: Map, *, train: bool) -> NewMap:
+    fields = {"block_elements": self.block_elements, "dtype": self.dtype, "name": name}
+    if self.variant == "paper":
+      return SelfTransformer(self.width, self.self_parts, **fields)(x)
+    official = OfficialSelfTransformer(self.width, self.self_parts, self.dropout_rate, **fields)
+    return official(x, train=train)
+
+  def _ground(self, name: str, x: Map, coarse: OtherMap, *, train: bool) -> NewMap:
+    if self.variant == "official":
+      return OfficialGroundingTransformer(self.width, self.dtype, name=name)(x, coarse, train=train)
+    fields = {"window": self.window, "block_elements": self.block_elements, "dtype": self.dtype}
+    return GroundingTransformer(self.width, **fields, name=name)(x, coarse)
+
+  def _render(self, name: str, x: Map, fine: OtherMap, *, train: bool) -> NewMap:
+    if self.variant == "paper":
+      return RenderingTransformer(self.width, self.dtype, name=name)(x, fine)
+    return OfficialRenderingTransformer(self.width, self.dtype, name=name)(x, fine, train=train)
 
   def _conv(self, name: str, x: Map, size: int, *, train: bool) -> NewMap:
     x = conv_norm(self, name, x, self.width, size, train=train)
@@ -371,8 +374,9 @@ class PyramidSegmenter(nn.Module):
     fields: dict[str, Any] = {"output_stride": 8, **part_fields("backbone", ResNet, self.backbone)}
     fields["dtype"] = self.dtype
     features = ResNet(**fields, name="backbone")(images, train=train)
-    sizes, kinds = (self.width, self.kernel_sizes), (self.norm, self.dtype)
-    pyramid = UnscathedPyramid(*sizes, *kinds, name="pyramid")(features["c5"], train=train)
+    fields = {"width": self.width, "norm": self.norm, "dtype": self.dtype}
+    ufp = UnscathedPyramid(**fields, kernel_sizes=self.kernel_sizes, name="pyramid")
+    pyramid = ufp(features["c5"], train=train)
     if self.neck == "fpt":
       fields = {"norm": self.norm, "window": self.window}
       fields |= part_fields("transformer", FeaturePyramidTransformer, self.transformer)

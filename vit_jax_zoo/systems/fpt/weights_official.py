@@ -86,13 +86,14 @@ def infer_fields(published: Mapping[str, Array], source: str, prefix: str = "") 
     is_key = key.startswith(prefix) and ".conv_ks." in key
     if is_key and (twin is None or not np.array_equal(array, twin)):
       raise WeightsError(f"{source}: {key} differs from conv_qs; expected equal arrays")
+  mixture = published.get(f"{prefix}st_p5.attention.weight")
   norms = {"running_mean": "batch_norm", "weight": "group_norm"}
   norm = (kind for array, kind in norms.items() if f"{prefix}fpt_p2.1.{array}" in published)
   return {
     "width": published[f"{prefix}st_p5.conv_qs.weight"].shape[0],
     "variant": "official",
     "norm": next(norm, "none"),
-    "self_parts": len(published.get(f"{prefix}st_p5.attention.weight", np.zeros(1))),
+    "self_parts": 1 if mixture is None else len(mixture),
   }
 
 
