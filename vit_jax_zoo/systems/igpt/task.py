@@ -301,8 +301,7 @@ def draw_completions(
   draw_mosaic(ax, tiles / 255)
   ax.xaxis.tick_top()
   ax.tick_params(length=0)
-  names = ["given", *(f"draw {i + 1}" for i in range(count)), "original"]
-  ax.set_xticklabels(names, fontsize=8.5)
+  ax.set_xticklabels(["given", *(f"draw {i + 1}" for i in range(count)), "original"], fontsize=8.5)
   return figure
 
 

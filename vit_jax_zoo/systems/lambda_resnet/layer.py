@@ -21,7 +21,8 @@ from vit_jax_zoo.nn.norm import BatchNorm
 from vit_jax_zoo.nn.resnet import average_pool
 from vit_jax_zoo.ops.checks import check_positive
 
-Implementation: TypeAlias = Literal["auto", "einsum", "convolution"]
+Chosen: TypeAlias = Literal["einsum", "convolution"]
+Implementation: TypeAlias = Literal["auto", Chosen]
 Size: TypeAlias = tuple[int, ...]  # height and width of a map
 Values: TypeAlias = Float[Array, "b h w u v"]
 Embeddings: TypeAlias = Float[Array, "dy dx u k"]
@@ -80,7 +81,7 @@ def apply_lambdas(
   return LambdaOutput(output.astype(queries.dtype), content, position)
 
 
-def choose_implementation(map_size: Size, embeddings_shape: tuple[int, ...]) -> Implementation:
+def choose_implementation(map_size: Size, embeddings_shape: tuple[int, ...]) -> Chosen:
   """Returns the cheaper implementation of position lambdas for these shapes.
 
   Per query and channel, the einsum has one multiply-add per map position, the convolution one per

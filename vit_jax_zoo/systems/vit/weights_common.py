@@ -77,7 +77,7 @@ class VitCheckpoint(Checkpoint):
     return int(self.fields["cls_token_position"] and self.key(CLS_TOKEN) is not None)
 
   def _with_grid(self, given: Size | None, fallback: Size | None) -> tuple["VitCheckpoint", Size]:
-    """Returns the grid of the position table: `given`, or a square one, or `fallback`.
+    """Returns the checkpoint, and its position table's grid: `given`, a square one or `fallback`.
 
     A known grid determines `cls_token_position`: 25 rows are 5 x 5, or 4 x 6 and one.
     """

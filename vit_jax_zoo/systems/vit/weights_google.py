@@ -200,7 +200,10 @@ def _augreg(size: str) -> dict[str, Entry]:
 
 
 PUBLISHED: dict[str, Entry] = {
-  **{f"{row[0]}_{row[1]}": _entry(row[0], f"vit_models/{row[2]}", *row[3:]) for row in _ORIGINAL},
+  **{
+    f"{model}_{data}": _entry(model, f"vit_models/{file}", *reported)
+    for model, data, file, *reported in _ORIGINAL
+  },
   **{name: entry for size in _AUGREG for name, entry in _augreg(size).items()},
   "vit_b16_sam_imagenet": _entry("vit_b16", "vit_models/sam/ViT-B_16"),
   "vit_b32_sam_imagenet": _entry("vit_b32", "vit_models/sam/ViT-B_32"),

@@ -72,11 +72,9 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
     given = f"hidden_act {activation!r} and pooler_act {pooler!r}"
     raise WeightsError(f"{path} has {given}; known are {', '.join(ACTIVATIONS)}, and tanh")
   file, sides = f"{path}/config.json", [("height", "width")]
-  stated = {"image_size": config.get("image_size", 224), "patch_size": config["patch_size"]}
-  (rows, columns), (patch, other) = (
-    hf_config.size_of(value, key, sides, file).values() for key, value in stated.items()
-  )
-  if patch != other:
+  image = hf_config.size_of(config.get("image_size", 224), "image_size", sides, file)
+  patch = hf_config.size_of(config["patch_size"], "patch_size", sides, file)
+  if patch["height"] != patch["width"]:
     raise WeightsError(f"{path} has patches of {config['patch_size']}; ours are square")
   hidden = rf"{_LAYER}intermediate\.dense\.weight"
   width, mlp_dim = side(arrays, (hidden, 2, 1)), side(arrays, (hidden, 2, 0))
@@ -84,7 +82,7 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
     raise common.not_a_vit(arrays, path, "Hugging Face")
   fields: dict[str, Any] = {
     "num_classes": outputs_of(arrays, "classifier"),
-    "patch_size": patch,
+    "patch_size": patch["height"],
     "width": width,
     "depth": count(arrays, _LAYER),
     "num_heads": config["num_attention_heads"],
@@ -98,6 +96,7 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
     "activation": ACTIVATIONS[activation],
     "layer_norm_epsilon": config.get("layer_norm_eps", 1e-12),
   }
+  size = (image["height"], image["width"])
   task_fields = hf_config.read_class_names(config, fields["num_classes"] or 0)
   if config.get("problem_type") == _MULTI_LABEL:
     task_fields["objective"] = "sigmoid"
@@ -107,9 +106,9 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
     table=(*CLASSIFIER_TABLE, *BASE_TABLE),
     fields=fields,
     resize="bicubic",
-    preprocess=hf_config.read_preprocess(published.processor, (rows, columns), "ViT"),
+    preprocess=hf_config.read_preprocess(published.processor, size, "ViT"),
     task_fields=task_fields,
-    image_size=(rows, columns),
+    image_size=size,
   )
 
 
