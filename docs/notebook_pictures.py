@@ -11,7 +11,7 @@ import pathlib
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
-PICTURES = {  # file -> notebook, and a part of the code of the cell whose first picture it is
+PICTURES = {  # file -> notebook, a part of the cell's code, the picture's index (0 if not given)
   "detr_curves": ("detr", '"box_ap50"])'),
   "detr_queries": ("detr", 'draw("attention")'),
   "fpt_levels": ("fpt", 'draw("levels")'),
@@ -19,7 +19,7 @@ PICTURES = {  # file -> notebook, and a part of the code of the cell whose first
   "igpt_heads": ("igpt", "draw_heads("),
   "igpt_probes": ("igpt", "probe_depth"),
   "lambda_resnet_norms": ("lambda_resnet", 'draw("lambdas")'),
-  "ttsr_search": ("ttsr", 'draw("search")'),
+  "ttsr_search": ("ttsr", 'draw("search")', 1),
   "vit_heads": ("vit", 'draw("heads")'),
   "vit_positions": ("vit", 'draw("model_positions")'),
 }
@@ -37,12 +37,13 @@ def find_cell(notebook: str, code: str) -> dict:
 
 def main() -> None:
   """Writes the pictures, each as a PNG in RGB."""
-  for name, (notebook, code) in PICTURES.items():
+  for name, (notebook, code, *index) in PICTURES.items():
     outputs = (output.get("data", {}) for output in find_cell(notebook, code)["outputs"])
     images = [data["image/png"] for data in outputs if "image/png" in data]
-    if not images:
+    position = index[0] if index else 0
+    if len(images) <= position:
       raise ValueError(f"{notebook}.ipynb: no saved picture of {code!r}; execute the notebook")
-    with Image.open(io.BytesIO(base64.b64decode("".join(images[0])))) as picture:
+    with Image.open(io.BytesIO(base64.b64decode("".join(images[position])))) as picture:
       picture.convert("RGB").save(ROOT / f"docs/systems/{name}.png", optimize=True)
 
 

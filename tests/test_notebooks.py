@@ -157,12 +157,12 @@ def notebook_pictures():
 
 
 def test_cells_of_pictures_exist(notebook_pictures):
-  for name, (notebook, code) in notebook_pictures.PICTURES.items():
+  for name, (notebook, code, *_) in notebook_pictures.PICTURES.items():
     assert code in source(notebook_pictures.find_cell(notebook, code))
     assert (ROOT / f"docs/systems/{name}.png").is_file()
 
 
-def test_first_picture_of_cell_is_written(notebook_pictures, tmp_path, monkeypatch):
+def test_picture_of_cell_is_written(notebook_pictures, tmp_path, monkeypatch):
   pixels = np.random.default_rng(0).integers(0, 255, (2, 5, 7, 3), np.uint8)
   streams = [io.BytesIO(), io.BytesIO()]
   for stream, image in zip(streams, pixels, strict=True):
@@ -178,11 +178,13 @@ def test_first_picture_of_cell_is_written(notebook_pictures, tmp_path, monkeypat
     (tmp_path / folder).mkdir(parents=True)
   (tmp_path / "colabs/a.ipynb").write_text(json.dumps({"cells": cells}))
   monkeypatch.setattr(notebook_pictures, "ROOT", tmp_path)
-  monkeypatch.setattr(notebook_pictures, "PICTURES", {"a_one": ("a", "draw(1)")})
+  pictures = {"first": ("a", "draw(1)"), "second": ("a", "draw(1)", 1)}
+  monkeypatch.setattr(notebook_pictures, "PICTURES", pictures)
   notebook_pictures.main()
-  with Image.open(tmp_path / "docs/systems/a_one.png") as written:
-    np.testing.assert_array_equal(np.asarray(written), pixels[0])
-  for code in ("draw(2)", "draw("):  # no picture; two cells
-    monkeypatch.setattr(notebook_pictures, "PICTURES", {"a_two": ("a", code)})
+  for name, expected in zip(pictures, pixels, strict=True):
+    with Image.open(tmp_path / f"docs/systems/{name}.png") as written:
+      np.testing.assert_array_equal(np.asarray(written), expected)
+  for cell in (("draw(2)",), ("draw(",), ("draw(1)", 2)):  # no picture; two cells; two pictures
+    monkeypatch.setattr(notebook_pictures, "PICTURES", {"none": ("a", *cell)})
     with pytest.raises(ValueError, match=r"a\.ipynb"):
       notebook_pictures.main()
