@@ -4,10 +4,9 @@
     python -m vit_jax_zoo.export --model=ViT-B_16.npz --format=hf --output=out/
 
 `--format`: `safetensors-timm` and `hf`, folders for timm and transformers; `npz`, Google's layout;
-`orbax`, a checkpoint of this package; `stablehlo` and `onnx`, folders with the whole program, not
-for models with several inputs (TTSR); and those of the systems. docs/guides/weights.md has who
-reads them. If a format does not support a model, the error names the field. Each export has a model
-card, README.md; `--push_to_hub=user/name` uploads it all.
+`pth` (DETR, FPT) and `pt` (TTSR), the official code's; `orbax`, a checkpoint of this package;
+`stablehlo` and `onnx`, folders with the whole program, not for TTSR. docs/guides/weights.md has who
+reads them. Each export has a model card, README.md; `--push_to_hub=user/name` uploads it all.
 """
 
 import dataclasses

@@ -31,7 +31,7 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   """Defines the command's flags: not on import, as other commands have flags of the same names."""
-  flags.DEFINE_string("config", None, "as of main; --config.section.field=value sets any field")
+  flags.DEFINE_string("config", None, "as of train; --config.section.field=value sets any field")
   flags.DEFINE_string("topology", None, "a TPU slice, such as v5e:4x4, v5p:4x4x4 or v5litepod-16")
   flags.DEFINE_string("platform", "tpu", "tpu, or this machine's cpu or cuda devices")
   flags.DEFINE_bool("compile", True, "false: only check config, slice, mesh and batch size")

@@ -79,7 +79,8 @@ def write_stablehlo(pretrained: Pretrained, path: str, **options: Any) -> None:
 def write_onnx(pretrained: Pretrained, path: str, **options: Any) -> None:
   """Writes model.onnx and model.json; ValueError if jax2onnx cannot convert the model."""
   try:
-    python_logging.getLogger("jax2onnx").setLevel("ERROR")  # it warns of its optional imports
+    for name in ("jax2onnx", "onnx_ir"):  # warn of optional imports and of values without type
+      python_logging.getLogger(name).setLevel("ERROR")
     jax2onnx, helper, runtime = map(import_module, ("jax2onnx", "onnx.helper", "onnxruntime"))
   except ImportError:
     fix = "pip install -e '.[onnx]' && pip install --no-deps jax2onnx"
@@ -169,7 +170,7 @@ def preprocessing_steps(pretrained: Pretrained) -> list[str]:
     steps.append(f"pad at the right and bottom to {padded}, with any value; crop what exceeds it")
     steps += padding_notes(pretrained)
   numbers = f"minus mean {preprocess.means}, divided by std {preprocess.stds}"
-  return [*steps, f"in the program: image / 255, {numbers}"]
+  return [*steps, f"image / 255, {numbers} (a program does this itself)"]
 
 
 def padding_notes(pretrained: Pretrained) -> list[str]:
