@@ -1,4 +1,4 @@
-"""The class summary that a new run logs."""
+"""Class counts and warnings of class imbalance that a new run logs."""
 
 import numpy as np
 
