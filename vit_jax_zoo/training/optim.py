@@ -94,7 +94,7 @@ _FIELDS = (
   "name", "learning_rate", "schedule", "weight_decay", "weight_decay_mode", "clip_norm", "rules",
 )  # fmt: skip
 _RULE_FIELDS = ("learning_rate", "weight_decay", "frozen")
-_NO_NUMBERS = ("name", "schedule", "weight_decay_mode", "rules")
+_CHECKED_LATER = ("name", "learning_rate", "schedule", "weight_decay_mode", "clip_norm", "rules")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,12 +177,10 @@ def _direction_of(fields: Mapping[str, Any]) -> tuple[_Kind, Transformation]:
   check_names("optimizer", [name], OPTIMIZERS)
   check_names(f"field of optimizer {name}", fields, optimizer_fields(name))
   for key, value in fields.items():
-    is_other = key in _NO_NUMBERS or key.endswith("dtype")
-    if not (is_other or isinstance(value, Number | None)):
-      raise ValueError(f"optimizer.{key}: {value!r}; expected a number")
-    below = 1 if key in ("b1", "b2", "beta2_cap", "momentum") else math.inf
-    is_other |= value is None or key in ("learning_rate", "clip_norm")  # checked where used
-    if not (is_other or 0 <= value < below):
+    if value is None or key in _CHECKED_LATER or key.endswith("dtype"):
+      continue
+    below = 1 if key in ("b1", "b2", "momentum") else math.inf
+    if not (isinstance(value, Number) and 0 <= value < below):
       raise ValueError(f"optimizer.{key}: {value!r}; expected a number in [0, {below})")
   own = {k: v for k, v in fields.items() if k not in _FIELDS}
   own |= {k: jnp.dtype(v) for k, v in own.items() if k.endswith("dtype") and v is not None}
@@ -293,8 +291,8 @@ def _chain(
     add = lambda u, p, d: u + d * p if d else u  # noqa: E731
     decay = {mode: [_per_parameter(settings, lambda s: amount * s["weight_decay"], add)]}
   clip_norm = fields.get("clip_norm")
-  if clip_norm is not None and not clip_norm > 0:
-    raise ValueError(f"clip_norm: {clip_norm}; expected a number above 0, or None")
+  if clip_norm is not None and not (isinstance(clip_norm, Number) and clip_norm > 0):
+    raise ValueError(f"optimizer.clip_norm: {clip_norm!r}; expected a number above 0, or None")
   clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
   steps = [*clip, *decay.get("l2", []), direction, *decay.get("decoupled", [])]
   steps += [kind.after_decay] if kind.after_decay else []
@@ -326,8 +324,9 @@ def create_schedule(config: Config, num_steps: int) -> Schedule:
   >>> float(create_schedule(config, 100)(5))
   0.05...
   """
-  _check_not_negative("learning_rate", config["learning_rate"])
-  base = float(config["learning_rate"])
+  base = config["learning_rate"]
+  if not (isinstance(base, Number) and 0 <= base < math.inf):
+    raise ValueError(f"optimizer.learning_rate: {base!r}; expected a finite number >= 0")
   fields = plain(config.get("schedule") or {"name": "constant"})
   name = fields.pop("name", "constant")
   check_names("schedule", [name], _SCHEDULES)
@@ -338,13 +337,12 @@ def create_schedule(config: Config, num_steps: int) -> Schedule:
       f"does not reach {base:g}; lower it, or give a fraction of all steps, such as 0.05"
     )
   start = fields.pop("warmup_start", 0.0)
-  _check_not_negative("warmup_start", start)
-  if start > 1:
-    raise ValueError(f"warmup_start: {start}; expected a fraction of the rate, in [0, 1]")
+  if not (isinstance(start, Number) and 0 <= start <= 1):
+    raise ValueError(f"warmup_start: {start!r}; expected a fraction of the rate, in [0, 1]")
   make = _SCHEDULES[name]
   known = [*fields_of(make), "warmup_steps", "warmup_start", "name"]
   check_names(f"field of the {name} schedule", fields, known)
-  after_warmup = make(base, num_steps, warmup_steps, **fields)
+  after_warmup = make(float(base), num_steps, warmup_steps, **fields)
 
   def schedule(step: Any) -> Float[Array, ""]:
     step = jnp.asarray(step, jnp.float32)
@@ -374,11 +372,6 @@ def fields_of(make: Callable[..., Any]) -> list[str]:
   """Returns the names of the arguments with defaults: the config fields."""
   parameters = inspect.signature(make).parameters.values()
   return [p.name for p in parameters if p.default is not inspect.Parameter.empty]
-
-
-def _check_not_negative(field: str, value: Any) -> None:
-  if not isinstance(value, int | float) or not 0 <= value < math.inf:
-    raise ValueError(f"{field}: {value!r}; expected a finite number >= 0")
 
 
 def _constant(
@@ -463,10 +456,6 @@ def _with_cooldown(rate: Schedule, num_steps: int, steps: Steps, end_value: Numb
 
 
 _SCHEDULES: dict[str, Callable[..., Schedule]] = {
-  "constant": _constant,
-  "linear": _linear,
-  "cosine": _cosine,
-  "poly": _poly,
-  "rsqrt": _rsqrt,
+  "constant": _constant, "linear": _linear, "cosine": _cosine, "poly": _poly, "rsqrt": _rsqrt,
   "step": _step,
-}
+}  # fmt: skip
