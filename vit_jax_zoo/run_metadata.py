@@ -56,7 +56,7 @@ def save_data(info: DatasetInfo, batch: Mapping[str, np.ndarray], workdir: epath
   """Writes the metadata of the training data; a resumed run keeps the shapes of its start."""
   shapes = load_data(workdir).shapes or {k: np.shape(v)[1:] for k, v in batch.items()}
   content = {**dataclasses.asdict(info), "shapes": {k: list(v) for k, v in shapes.items()}}
-  if _read(workdir / DATA_FILE) != json.loads(json.dumps(content)):
+  if disk.read_json(workdir / DATA_FILE) != json.loads(json.dumps(content)):
     _write(content, workdir / DATA_FILE)
 
 
@@ -76,7 +76,7 @@ class RunData:
 
 def load_run(workdir: epath.Path) -> tuple[dict[str, Any], RunData]:
   """Returns the config of a run, with the current field names, and the metadata of its data."""
-  config = _read(workdir / CONFIG_FILE)
+  config = disk.read_json(workdir / CONFIG_FILE)
   if config is None:
     raise FileNotFoundError(f"{workdir}: no {CONFIG_FILE}; expected the folder of a run")
   for section in ("model", "task", "data", "checkpoint"):
@@ -87,7 +87,7 @@ def load_run(workdir: epath.Path) -> tuple[dict[str, Any], RunData]:
 
 def load_data(workdir: epath.Path) -> RunData:
   """Returns the metadata of the training data; empty if there is no run."""
-  data = _read(workdir / DATA_FILE) or {}
+  data = disk.read_json(workdir / DATA_FILE) or {}
   shapes = {key: tuple(shape) for key, shape in data.get("shapes", {}).items()}
   names = tuple(data.get("class_names") or ())
   return RunData(data.get("num_classes"), names, shapes, data.get("stuff_from"))
@@ -140,20 +140,9 @@ def _write(content: Any, file: epath.Path) -> None:
     disk.write(file, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
-def _read(file: epath.Path) -> Any:
-  try:
-    is_there = file.exists() and not pathlib.Path(file).is_fifo()  # a named pipe would block
-    found = json.loads(file.read_text()) if is_there else None
-    if not isinstance(found, dict | None):
-      raise ValueError(f"a {type(found).__name__}; expected an object")
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{file} is not JSON ({error})") from None
-  return found
-
-
 def _read_config(workdir: epath.Path) -> dict[str, Any] | None:
   try:
-    config = _read(workdir / CONFIG_FILE)
+    config = disk.read_json(workdir / CONFIG_FILE)
   except ValueError as error:
     logging.warning("%s; it is overwritten", error)
     return None

@@ -74,6 +74,13 @@ def test_resumed_run_continues_at_service(calls, tmp_path, resume_step, run_id):
   assert calls[0] == ("open", str(tmp_path), tmp_path.name, run_id)
 
 
+@pytest.mark.parametrize("content", ["", "[1]", '{"wandb": '])
+def test_damaged_run_ids_name_their_file(calls, tmp_path, content):
+  (tmp_path / RUN_IDS).write_text(content)
+  with pytest.raises(ValueError, match=rf"^{tmp_path / RUN_IDS} is not JSON .*; remove it"):
+    write(tmp_path, [2], resume_step=1)
+
+
 def test_failing_service_is_dropped(calls, tmp_path, caplog, monkeypatch):
   monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
   write(tmp_path, [1, 2, 3, 4])

@@ -1,9 +1,10 @@
-"""Atomic writes, and one-line errors of a full disk: ENOSPC and EDQUOT, TensorStore's too."""
+"""Atomic writes, JSON files, and one-line errors of a full disk (ENOSPC, EDQUOT, TensorStore's)."""
 
 import contextlib
 import errno
 import json
 import os
+import pathlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,6 +28,18 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
 def write_json(path: epath.PathLike, content: Any) -> None:
   """Writes indented JSON."""
   write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: epath.Path, advice: str = "") -> dict[str, Any] | None:
+  """Returns an object of a JSON file, None if there is no file; ValueError if it is damaged."""
+  try:
+    is_there = path.exists() and not pathlib.Path(path).is_fifo()  # a named pipe would block
+    found = json.loads(path.read_text()) if is_there else None
+    if not isinstance(found, dict | None):
+      raise ValueError(f"a {type(found).__name__}; expected an object")
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} is not JSON ({error}){advice}") from None
+  return found
 
 
 def is_full(error: BaseException) -> int | None:

@@ -1,7 +1,6 @@
 """Logging services beside TensorBoard, of `config.logging`; see docs/guides/data.md."""
 
 import importlib.util
-import json
 import os
 import re
 import time
@@ -106,7 +105,7 @@ def open_services(
 ) -> dict[str, Service]:
   """Opens services by name, with offline files in `folder`; ValueError if one cannot be opened."""
   file, services = workdir / RUN_IDS, {}
-  ids = json.loads(file.read_text()) if resume and file.exists() else {}
+  ids = (disk.read_json(file, "; remove it to log to new runs") if resume else None) or {}
   for name, (package, open_run) in SERVICES.items():
     if name in names:
       try:
