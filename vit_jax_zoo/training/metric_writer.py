@@ -93,7 +93,8 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
       path = self._workdir / METRICS_FILE
       if path.exists():
         lines = [line + b"\n" for line, row in _read_rows(path) if row["step"] <= last_step]
-        disk.write(path, b"".join(lines))
+        if (content := b"".join(lines)) != path.read_bytes():
+          disk.write(path, content)
       self._file = path.open("a", encoding="utf-8")
       self._tensorboard = None
       if "tensorboard" in loggers:
