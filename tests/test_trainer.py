@@ -178,6 +178,15 @@ def test_evaluation_of_other_size_raises_at_start(tmp_path, monkeypatch):
     run(config, tmp_path)
 
 
+def test_evaluation_without_input_of_model_raises_at_start(tmp_path, monkeypatch):
+  def predict(self, variables, batch):
+    return batch["depth"]
+
+  monkeypatch.setattr(Classification, "predict", predict)
+  with pytest.raises(ValueError, match=r"^data\.eval\.test: .*; expected .*\(KeyError: 'depth'\)$"):
+    run(tiny(), tmp_path)
+
+
 @pytest.mark.parametrize("on_corrupt", ["error", "skip"])
 def test_missing_evaluation_files_raise_at_start(tmp_path, monkeypatch, on_corrupt):
   monkeypatch.setattr(trainer.Program, "initial_state", None)

@@ -104,8 +104,9 @@ class Experiment:
     """Returns the compiled steps for batches with the shapes of this process's part `batch`."""
     config, rules = self.config, self.sharding_rules
     shapes = train_step.abstract_batch_of(batch, config.batch_size)
-    lengths = self.num_steps, config.accumulation_steps
-    options = TrainingOptions(config.optimizer.to_dict(), *lengths, config.ema_decay)
+    options = TrainingOptions(
+      config.optimizer.to_dict(), self.num_steps, config.accumulation_steps, config.ema_decay
+    )
     return train_step.build_program(self.task, shapes, options, mesh=self.mesh, rules=rules)
 
   def evaluation_program(self) -> train_step.EvaluationProgram:
@@ -113,11 +114,12 @@ class Experiment:
     name = main_evaluation(self.config.data.eval.to_dict())
     if name is None:
       raise ValueError("data.eval: empty; expected an evaluation")
-    batch, batch_size = self.eval_batches(name).one_example(), self.eval_batch_size
-    shapes = train_step.abstract_batch_of(batch, batch_size)
-    unused, rules = self.task.train_only_collections, self.sharding_rules
     return train_step.build_evaluation(
-      self.task, shapes, mesh=self.mesh, rules=rules, left_out=unused
+      self.task,
+      train_step.abstract_batch_of(self.eval_batches(name).one_example(), self.eval_batch_size),
+      mesh=self.mesh,
+      rules=self.sharding_rules,
+      left_out=self.task.train_only_collections,
     )
 
 
@@ -151,9 +153,16 @@ def build(
   num_steps = config.num_steps or round(config.num_epochs * info.num_examples / config.batch_size)
   task = create_task(task_fields.pop("name"), model, **task_fields)
   _check_metrics(config, task)
-  probes, num_steps = create_probes(config.data.eval.to_dict()), max(1, num_steps)
   return Experiment(
-    config, mesh, open_train_source, eval_sources, fit_sources, probes, model, task, num_steps
+    config=config,
+    mesh=mesh,
+    open_train_source=open_train_source,
+    eval_sources=eval_sources,
+    fit_sources=fit_sources,
+    probes=create_probes(config.data.eval.to_dict()),
+    model=model,
+    task=task,
+    num_steps=max(1, num_steps),
   )
 
 

@@ -32,7 +32,7 @@ from vit_jax_zoo.training.loop import Loop, LoopSettings, Outcome
 from vit_jax_zoo.training.lr_scaling import advise
 from vit_jax_zoo.training.metric_writer import MetricWriter, save_figures
 from vit_jax_zoo.training.progress import Progress
-from vit_jax_zoo.training.train_step import EvaluationProgram, Program, TrainState
+from vit_jax_zoo.training.train_step import EvaluationProgram, Pretrain, Program, TrainState
 from vit_jax_zoo.training.workdir_lock import workdir_lock
 from vit_jax_zoo.weights.finetune_init import find_files, still_needed
 
@@ -123,9 +123,15 @@ def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpoint
     ):
       if not start:
         _summarize(experiment, program, first, writer)
-      counters = lambda: {"data/skipped_images": float(iterator.num_skipped)}  # noqa: E731
-      evaluations = _evaluations(experiment, program)
-      training = Loop(program, evaluations, settings, checkpointer, writer, progress, counters)
+      training = Loop(
+        program=program,
+        evaluations=_evaluations(experiment, program),
+        settings=settings,
+        checkpointer=checkpointer,
+        writer=writer,
+        progress=progress,
+        counters=lambda: {"data/skipped_images": float(iterator.num_skipped)},
+      )
       batches = itertools.chain(used, iterator)
       del used  # chain frees each batch after its use
       if options.overfit_one_batch:
@@ -150,8 +156,10 @@ def _check_evaluations(experiment: Experiment, program: EvaluationProgram) -> No
     except Exception as error:
       reason = shorten(f"{type(error).__name__}: {error}".splitlines()[0], 200)
       sizes = [b["image"].shape[1:3] for b in (batch, program.abstract_batch) if "image" in b]
-      both = ".transforms: images of {}; expected {}" if len(set(sizes)) == 2 else ": wrong"
-      raise ValueError(f"data.eval.{name}{both.format(*sizes)} ({reason})") from error
+      problem = ": batches do not fit the model; expected keys and shapes of training batches"
+      if len(set(sizes)) == 2:
+        problem = f".transforms: images of {sizes[0]}; expected {sizes[1]}"
+      raise ValueError(f"data.eval.{name}{problem} ({reason})") from error
 
 
 def _initial_state(
@@ -174,7 +182,7 @@ def _initial_state(
   return program.initial_state(experiment.config.seed, pretrain=initializer), used
 
 
-def _initializer(experiment: Experiment, program: EvaluationProgram, preview: Any) -> Any:
+def _initializer(experiment: Experiment, program: EvaluationProgram, preview: Iterable) -> Pretrain:
   grid, token_grid = None, getattr(experiment.model, "token_grid", None)
   if token_grid is not None and "image" in program.abstract_batch:
     grid = token_grid(program.abstract_batch["image"].shape[1:3])
@@ -258,18 +266,28 @@ def _loop_settings(experiment: Experiment, options: RunOptions, step: int) -> Lo
     expected = f"expected steps of this run, {step + 1} to {last}"
     raise ValueError(f"--profile={profile[0]}:{profile[1]}: outside of the run; {expected}")
   sizes = map(len, (*experiment.eval_sources.values(), *experiment.fit_sources.values()))
-  # So that evaluations, their figures and checkpoints cost less than training on few images.
-  least = max(16, 3 * sum(math.ceil(size / experiment.eval_batch_size) for size in sizes))
-  every = config.log_every, config.eval_every, config.checkpoint.every
-  best = best_score_of(config, experiment.task), config.checkpoint.eval_best_at_end
-  return LoopSettings(last, *every, *best, profile, min_interval=least)
+  return LoopSettings(
+    num_steps=last,
+    log_every=config.log_every,
+    eval_every=config.eval_every,
+    checkpoint_every=config.checkpoint.every,
+    best=best_score_of(config, experiment.task),
+    eval_best_at_end=config.checkpoint.eval_best_at_end,
+    profile=profile,
+    # So that evaluations, their figures and checkpoints cost less than training on few images.
+    min_interval=max(16, 3 * sum(math.ceil(size / experiment.eval_batch_size) for size in sizes)),
+  )
 
 
 def _progress(experiment: Experiment, program: Program, step: int) -> Progress:
-  flops = count_flops(program.train_step, program.abstract_state, program.abstract_batch)
-  known: dict[str, Any] = {"num_examples": experiment.train_source.info.num_examples}
-  known |= {"flops_per_step": flops, "devices": list(experiment.mesh.devices.flat)}
-  return Progress(experiment.num_steps, experiment.config.batch_size, start_step=step, **known)
+  return Progress(
+    experiment.num_steps,
+    experiment.config.batch_size,
+    start_step=step,
+    num_examples=experiment.train_source.info.num_examples,
+    flops_per_step=count_flops(program.train_step, program.abstract_state, program.abstract_batch),
+    devices=list(experiment.mesh.devices.flat),
+  )
 
 
 def _summarize(experiment: Experiment, program: Program, batch: Any, writer: MetricWriter) -> None:
@@ -315,8 +333,7 @@ def describe_balance(counts: Counts, class_names: Sequence[str]) -> list[str]:
     named = [f"{_name(i, class_names)} {count}" for i, count in enumerate(values)]
     if len(named) > MAX_LISTED:
       order = np.argsort(values, kind="stable")
-      ends = [named[i] for i in (*order[:3], *order[-3:])]
-      named = [*ends[:3], "...", *ends[3:]]
+      named = [*(named[i] for i in order[:3]), "...", *(named[i] for i in order[-3:])]
     total = int(np.sum(values))
     lines.append(f"{split}: {total} examples of {len(values)} classes: {', '.join(named)}")
   return lines

@@ -28,8 +28,7 @@ PredictStep: TypeAlias = Callable[[Variables, Batch], Predictions]
 Pretrain: TypeAlias = Callable[[Variables], Variables]
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """Input and output of a training step, or its shapes, shardings or specs; all is checkpointed."""
 
   step: Any  # int32 []: training steps completed, and so the position in the training data
@@ -58,11 +57,11 @@ def create_state(
 ) -> TrainState:
   """Returns the state before the first step, with an optimizer for each of the task's groups."""
   params, step = variables["params"], jnp.zeros((), jnp.int32)
-  others = {name: value for name, value in variables.items() if name != "params"}
+  model_state = {name: value for name, value in variables.items() if name != "params"}
   groups = zip(optimizers, task.optim_groups, strict=True)
   opt_state = tuple(optimizer.tx.init(group.select(params)) for optimizer, group in groups)
   ema = jax.tree.map(jnp.copy, dict(variables)) if with_ema else None
-  return TrainState(step, params, others, opt_state, ema, jax.random.key_data(rng))
+  return TrainState(step, params, model_state, opt_state, ema, rng=jax.random.key_data(rng))
 
 
 def make_train_step(
@@ -83,8 +82,9 @@ def make_train_step(
     updates, opt_state = optimizer.tx.update(grads, state.opt_state[0], state.params)
     params = optax.apply_updates(state.params, updates)
 
-    model_state, step = output.model_state, state.step + 1
-    state = TrainState(step, params, model_state, (opt_state,), state.ema, state.rng)
+    state = state.replace(
+      step=state.step + 1, params=params, model_state=output.model_state, opt_state=(opt_state,)
+    )
     metrics = {**output.metrics, "gradient_norm": Mean.of(optax.tree.norm(grads))}
     return update_ema(state, ema_decay), metrics
 
@@ -151,7 +151,7 @@ def update_ema(state: TrainState, decay: float | None) -> TrainState:
     # Constant arrays keep their bits over any number of steps.
     return jnp.where(latest == past, latest, past + (1.0 - decay) * (latest - past))
 
-  return dataclasses.replace(state, ema=jax.tree.map(average, state.ema, state.latest_variables))
+  return state.replace(ema=jax.tree.map(average, state.ema, state.latest_variables))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,8 +227,10 @@ def build_program(
   optimizers: tuple[Optimizer, ...] = ()
   for group in task.optim_groups:
     config = options.optimizer if group.name is None else options.optimizer[group.name]
-    params, times = group.select(abstract["params"]), (group.begin_step, group.updates)
-    optimizers += (create_optimizer(config, params, options.num_steps, *times),)
+    params, steps = group.select(abstract["params"]), options.num_steps
+    optimizers += (
+      create_optimizer(config, params, steps, begin_step=group.begin_step, updates=group.updates),
+    )
   create = functools.partial(create_state, task, optimizers, with_ema=options.ema_decay is not None)
   abstract_state = jax.eval_shape(create, abstract, jax.random.key(0))
   shardings = state_shardings(abstract_state, rules, mesh)
@@ -250,7 +252,18 @@ def build_evaluation(
   task: Task, abstract_batch: Batch, *, mesh: Mesh, rules: Rules, left_out: tuple[str, ...] = ()
 ) -> EvaluationProgram:
   """Returns the steps of evaluations, for a global batch of training or of an evaluation."""
-  init = jax.jit(lambda rng: _init(task, rng, abstract_batch, left_out))
+
+  @jax.jit
+  def init(rng: jax.Array) -> Variables:
+    zeros = {key: jnp.zeros(leaf.shape, leaf.dtype) for key, leaf in abstract_batch.items()}
+    variables = task.init(rng, zeros)
+    if not left_out:
+      return variables
+    flat = traverse_util.flatten_dict(dict(variables), sep="/")
+    left = tuple(f"{part}/" for part in left_out)
+    kept = {path: leaf for path, leaf in flat.items() if not path.startswith(left)}
+    return traverse_util.unflatten_dict(kept, sep="/")
+
   key = jax.random.key(0)  # not on the mesh, whose devices may be simulated
   with jax.set_mesh(mesh):
     abstract = jax.eval_shape(init, key)
@@ -258,29 +271,22 @@ def build_evaluation(
   specs["params"] = sharding.parameter_specs(abstract["params"], rules, mesh)
   variables = sharding.named_shardings(specs, mesh)
   split, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  predict = compile_predict_step(task.predict, variables, mesh)
-  features = compile_predict_step(task.features, variables, mesh)
-  explain = jax.jit(task.explain, in_shardings=(variables, split), out_shardings=replicated)
-  batch = abstract_like(dict(abstract_batch), dict.fromkeys(abstract_batch, split))
-  abstract = abstract_like(abstract, variables)
-  return EvaluationProgram(task, mesh, init, batch, abstract, predict, features, explain)
+  return EvaluationProgram(
+    task=task,
+    mesh=mesh,
+    init=init,
+    abstract_batch=abstract_like(dict(abstract_batch), dict.fromkeys(abstract_batch, split)),
+    abstract_variables=abstract_like(abstract, variables),
+    predict_step=compile_predict_step(task.predict, variables, mesh),
+    features_step=compile_predict_step(task.features, variables, mesh),
+    explain_step=jax.jit(task.explain, in_shardings=(variables, split), out_shardings=replicated),
+  )
 
 
 def compile_predict_step(predict_step: PredictStep, shardings: Any, mesh: Mesh) -> PredictStep:
   """Compiles a predict step: variables with `shardings`, batches and predictions by example."""
   split = sharding.batch_sharding(mesh)
   return jax.jit(predict_step, in_shardings=(shardings, split), out_shardings=split)
-
-
-def _init(task: Task, rng: jax.Array, abstract_batch: Batch, left_out: Sequence[str]) -> Variables:
-  zeros = {key: jnp.zeros(leaf.shape, leaf.dtype) for key, leaf in abstract_batch.items()}
-  variables = task.init(rng, zeros)
-  if not left_out:
-    return variables
-  flat = traverse_util.flatten_dict(dict(variables), sep="/")
-  left = tuple(f"{part}/" for part in left_out)
-  kept = {path: leaf for path, leaf in flat.items() if not path.startswith(left)}
-  return traverse_util.unflatten_dict(kept, sep="/")
 
 
 def state_shardings(abstract_state: TrainState, rules: Rules, mesh: Mesh) -> TrainState:
@@ -290,7 +296,7 @@ def state_shardings(abstract_state: TrainState, rules: Rules, mesh: Mesh) -> Tra
   model_state = jax.tree.map(lambda _: replicated, abstract_state.model_state)
   opt_state = sharding.specs_like_parameters(abstract_state.opt_state, params, specs)
   ema = None if abstract_state.ema is None else {"params": specs, **model_state}
-  tree = TrainState(replicated, specs, model_state, opt_state, ema, replicated)
+  tree = TrainState(replicated, specs, model_state, opt_state, ema, rng=replicated)
   return sharding.named_shardings(tree, mesh)
 
 
