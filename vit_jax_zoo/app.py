@@ -24,14 +24,7 @@ from absl import flags
 from vit_jax_zoo import cli
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.errors import escape_controls, one_line
-from vit_jax_zoo.inference.base import (
-  Options,
-  Result,
-  create_predictor,
-  list_options,
-  predictor_class,
-  read_image,
-)
+from vit_jax_zoo.inference import base
 from vit_jax_zoo.inference.load import load
 
 FLAGS = flags.FLAGS
@@ -63,17 +56,17 @@ class Model:
   def __init__(self, path: str) -> None:
     self.name = path
     self._trained = load(path)
-    self._kind = predictor_class(self._trained)
-    read = [option for option in list_options() if option.name in self._kind.reads]
+    self._kind = base.predictor_class(self._trained)
+    read = [option for option in base.list_options() if option.name in self._kind.reads]
     self.inputs = ["image", *(option.name for option in read if option.type is pathlib.Path)]
     self._predictors: dict[bytes, Any] = {}  # the last one, by the images among its options
 
-  def predict(self, *images: str | None) -> Result:
+  def predict(self, *images: str | None) -> base.Result:
     """Returns the result for the image files of `inputs`."""
     files = dict(zip(self.inputs, images, strict=True))
     if missing := [name for name, file in files.items() if not file]:
       raise ValueError(f"{missing[0]}: missing; drop an image there")
-    pixels = {name: read_image(str(file)) for name, file in files.items()}
+    pixels = {name: base.read_image(str(file)) for name, file in files.items()}
     image_array, key = pixels.pop("image"), b"".join(x.tobytes() for x in pixels.values())
     if key not in self._predictors:
       self._predictors = {key: self._create(pixels)}
@@ -82,8 +75,8 @@ class Model:
   def _create(self, images: dict[str, np.ndarray]) -> Any:
     if "explain" in self._kind.reads:
       with contextlib.suppress(ValueError):  # this model has nothing to explain
-        return create_predictor(self._trained, Options(explain=True, **images))
-    return create_predictor(self._trained, Options(**images))
+        return base.create_predictor(self._trained, base.Options(explain=True, **images))
+    return base.create_predictor(self._trained, base.Options(**images))
 
   def examples(self) -> list[dict[str, np.ndarray]]:
     """Returns inputs from the test data of a run, as far as these are still there."""

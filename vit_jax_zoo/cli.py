@@ -22,8 +22,6 @@ USER_ERRORS = (
 )  # fmt: skip
 """Errors that are printed in one line; `--traceback` also prints their traceback."""
 
-EXIT_ERROR = 2
-
 
 def _report_interrupt(kind: type[BaseException], error: BaseException, trace: Any) -> None:
   if issubclass(kind, KeyboardInterrupt):
@@ -65,7 +63,7 @@ def one_line_errors(*, show_traceback: bool) -> Iterator[None]:
     if disk.is_full(error):
       text += "; free disk space and run the same command again"
     print(f"error: {text}", file=sys.stderr)  # noqa: T201
-    raise SystemExit(EXIT_ERROR) from None
+    raise SystemExit(2) from None
 
 
 def show(text: str) -> None:
@@ -130,12 +128,11 @@ def help_text(main: Callable[[Sequence[str]], int]) -> str:
   modules = flags.FLAGS.flags_by_module_dict()
   ours = [name for name in modules if name == sys.argv[0] or name.startswith("vit_jax_zoo")]
   for flag in (flag for name in ours for flag in modules[name]):
-    is_bool, can_be_negated = flag.flag_type() == "bool", not flag.name.startswith("no_")
+    is_bool = flag.flag_type() == "bool"
+    negation = "[no]" if is_bool and not flag.name.startswith("no_") else ""
     default = "none" if flag.default in (None, [], "") else str(flag.default_as_str).strip("'")
     shown = "" if "default: " in flag.help else f" (default: {default})"
-    lines.append(
-      f"  --{'[no]' if is_bool and can_be_negated else ''}{flag.name}{'' if is_bool else '=...'}"
-    )
+    lines.append(f"  --{negation}{flag.name}{'' if is_bool else '=...'}")
     text = textwrap.fill(f"{' '.join(flag.help.split())}{shown}", 86)
     lines.append(textwrap.indent(text, " " * 6))
   return "\n".join([*lines, "", "--helpfull also lists the flags of the libraries."])

@@ -39,7 +39,6 @@ CHECKPOINTS, BEST = "checkpoints", "best"
 STATE, VARIABLES, METADATA = "state", "variables", "metadata"
 MANIFEST = "files.json"
 ORBAX_METADATA = "_CHECKPOINT_METADATA"  # written when a folder is created, and when it is complete
-_UNCHECKED = (MANIFEST, ORBAX_METADATA)
 
 _BLOCK = 1 << 26  # bytes
 _WEIGHTS = np.full(512, 0x9E3779B97F4A7C15, "<u8").cumprod()  # all odd
@@ -66,8 +65,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       self._best = _Folder(
         self.workdir / BEST, preservation_policy=policy, best_fn=score, best_mode=best_mode
       )
-      best_step = self._best.manager.best_step()
-      metrics = None if best_step is None else self._best.manager.metrics(best_step)
+      metrics = None if self.best_step is None else self._best.manager.metrics(self.best_step)
     self.best_score = None if metrics is None else float(metrics["score"])
 
   def __exit__(self, *_: object) -> None:
@@ -305,8 +303,7 @@ def verify(checkpoint: epath.Path, advice: Callable[[], str]) -> None:
 
   Those without a manifest are not checked: of version 0.1, and in buckets, which have checksums.
   """
-  problem = all_gather_objects(_find_damage(checkpoint) if is_primary() else None)[0]
-  if problem:
+  if problem := all_gather_objects(_find_damage(checkpoint) if is_primary() else None)[0]:
     raise _damaged(checkpoint, problem, advice())
 
 
@@ -317,16 +314,13 @@ def _item(checkpoint: epath.Path) -> epath.Path:
 def _check_complete(item: epath.Path) -> None:
   """Raises FileNotFoundError if files of arrays were removed; reads one byte of each chunk."""
   base = {"driver": "file", "path": f"{item}/"}
-  removed = FileNotFoundError(f"{item}: files were removed while it was written")
-  try:
+  with contextlib.suppress(ValueError):  # TensorStore's, of missing files
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
     reads = [store.read(key, byte_range=slice(-1, None)) for key in store.list().result()]
-    is_complete = bool(reads) and all(read.result().value for read in reads)
     _saved_arrays(item)
-  except ValueError:  # TensorStore's, of missing files
-    raise removed from None
-  if not is_complete:
-    raise removed
+    if reads and all(read.result().value for read in reads):
+      return
+  raise FileNotFoundError(f"{item}: files were removed while it was written")
 
 
 def _find_damage(checkpoint: epath.Path) -> str | None:
@@ -349,7 +343,8 @@ def _find_damage(checkpoint: epath.Path) -> str | None:
 def _checksums(directory: epath.Path) -> dict[str, list[int]]:
   """Returns the size, and the checksum of each block, of every file by path."""
   root = pathlib.Path(os.fspath(directory))
-  files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.name not in _UNCHECKED]
+  other = (MANIFEST, ORBAX_METADATA)
+  files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.name not in other]
   found: dict[str, list[int]] = {}
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
     for path in files:

@@ -90,13 +90,12 @@ def explain(
     batch = {key: value[np.resize(real, len(value))] for key, value in batch.items()}
   try:
     explanation = program.explain_step(variables, sharding.to_global(batch, program.mesh))
-    if not is_primary():
-      return Report({})
-    images, model = program.task.draw_explanation(jax.device_get(explanation))
-    return Report({}, {**images, **{f"model_{name}": figure for name, figure in model.items()}})
+    if is_primary():
+      images, model = program.task.draw_explanation(jax.device_get(explanation))
+      return Report({}, {**images, **{f"model_{name}": figure for name, figure in model.items()}})
   except Exception as error:  # a model without them, or as in `draw`
     logging.warning("explain: %s; set explain=False", error)
-    return Report({})
+  return Report({})
 
 
 def gather_parts(value: T, mesh: Mesh) -> list[T]:

@@ -180,8 +180,7 @@ class Loop:
     """Runs every evaluation, saves the variables if they are the best, and writes the reports."""
     with self.progress.exclude("evaluate"):
       report = run_evaluations(self.evaluations, variables)
-      best = self.settings.best
-      if best is not None:
+      if (best := self.settings.best) is not None:
         check_names("score for checkpoint.best", [best], report.scores)
         if self.checkpointer.save_best(step, variables, report.scores[best]):
           self.checkpointer.wait()  # scores in the log mark the evaluation as complete

@@ -67,8 +67,12 @@ class Progress:
     self._excluded_parts: dict[str, float] = collections.defaultdict(float)  # seconds
     self._paused, self._step_time = False, 0.0
     self._begin_window(start_step)
-    has_bar = sys.stderr.isatty() if bar is None else bar
-    self._bar = _start_bar(num_steps, start_step) if has_bar else None
+    self._bar = None
+    if sys.stderr.isatty() if bar is None else bar:
+      columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+      self._bar = rich.progress.Progress(*columns, console=Console(stderr=True), transient=True)
+      self._bar.add_task("train", total=num_steps, completed=start_step)
+      self._bar.start()
 
   def close(self) -> None:
     """Removes the progress bar."""
@@ -139,8 +143,7 @@ class Progress:
     if self._step_time:
       speed = self.batch_size / self._step_time
       parts.append(f"{speed:{'.0f' if speed >= 100 else '.3g'}} images/s")
-    eta = self.eta_seconds()
-    if eta is not None:
+    if (eta := self.eta_seconds()) is not None:
       parts.append(f"ETA {datetime.timedelta(seconds=round(eta))}")
     return " ".join(parts)
 
@@ -156,11 +159,3 @@ class Progress:
   def _begin_window(self, step: int) -> None:
     self._step, self._begin = step, self._clock()
     self._excluded, self._timed = 0.0, collections.defaultdict(float)
-
-
-def _start_bar(num_steps: int, start_step: int) -> rich.progress.Progress:
-  columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-  bar = rich.progress.Progress(*columns, console=Console(stderr=True), transient=True)
-  bar.add_task("train", total=num_steps, completed=start_step)
-  bar.start()
-  return bar

@@ -38,8 +38,7 @@ def workdir_lock(workdir: epath.Path) -> Iterator[None]:
       problem = _acquire(path) if is_primary() else None
   except (NotADirectoryError, FileExistsError):
     problem = f"--workdir={workdir}: not a folder; expected a run's folder, or a new one"
-  problem = all_gather_objects(problem)[0]
-  if problem:
+  if problem := all_gather_objects(problem)[0]:
     raise LockedError(problem)
   if not is_primary():
     yield
