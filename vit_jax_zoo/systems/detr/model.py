@@ -94,7 +94,7 @@ class Detr(nn.Module):
 
   @nn.compact
   def __call__(
-    self, images: Map, mask: Keep | None = None, *, train: bool = False
+    self, images: Float[Array, "b h w c"], mask: Keep | None = None, *, train: bool = False
   ) -> dict[str, Array]:
     """Detects objects in normalised images; `mask` is False in their padding.
 
@@ -177,11 +177,16 @@ class Detr(nn.Module):
   def _transformer(self) -> "Transformer":
     shared = ("num_heads", "mlp_dim", "dropout_rate", "dtype", "attention_implementation")
     fields = {name: getattr(self, name) for name in shared}
-    encoder = functools.partial(EncoderLayer, **fields)
-    fields |= part_fields("decoder", DecoderLayer, self.decoder)
-    layers = encoder, functools.partial(DecoderLayer, **fields)
-    depths = self.encoder_depth, self.decoder_depth
-    return Transformer(*layers, *depths, self.remat, self.scan_layers, name="transformer")
+    own = part_fields("decoder", DecoderLayer, self.decoder)
+    return Transformer(
+      encoder_layer=functools.partial(EncoderLayer, **fields),
+      decoder_layer=functools.partial(DecoderLayer, **{**fields, **own}),
+      encoder_depth=self.encoder_depth,
+      decoder_depth=self.decoder_depth,
+      remat=self.remat,
+      scan_layers=self.scan_layers,
+      name="transformer",
+    )
 
 
 class Transformer(nn.Module):
@@ -216,7 +221,8 @@ class Transformer(nn.Module):
     return memory.reshape(features.shape), norm(outputs)
 
   def _stack(self, name: str, layer: Callable[..., nn.Module], depth: int) -> Stack:
-    stack = Stack(layer, depth, self.scan_layers, self.remat, name, f"{name}_{{}}")
+    names = {"scanned_name": name, "layer_name": f"{name}_{{}}"}
+    stack = Stack(layer, depth, scan=self.scan_layers, remat=self.remat, **names)
     nn.share_scope(self, stack)
     return stack
 
@@ -230,12 +236,9 @@ class _Layer(nn.Module):
   dtype: Dtype = jnp.float32
   attention_implementation: Implementation = None
 
-  def _attend(
-    self, name: str, x: Queries, *qkv: Array, mask: Mask | None = None, train: bool
-  ) -> Queries:
-    """Returns x plus its attention, normalised; `qkv` are query [b q d], key and value [b n d]."""
+  def _attention(self, name: str) -> MultiHeadAttention:
     # The official code initialises query, key and value as one [3d d] matrix: half the variance.
-    attention = MultiHeadAttention(
+    return MultiHeadAttention(
       self.num_heads,
       dropout_rate=self.dropout_rate,
       kernel_init=nn.initializers.variance_scaling(0.5, "fan_avg", "uniform"),
@@ -244,7 +247,9 @@ class _Layer(nn.Module):
       implementation=self.attention_implementation,
       name=name,
     )
-    attended = attention(*qkv, mask=mask, train=train)
+
+  def _add(self, name: str, x: Queries, attended: Queries, *, train: bool) -> Queries:
+    """Returns the sum of both, normalised."""
     attended = nn.Dropout(self.dropout_rate)(attended, deterministic=not train)
     return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=f"{name}_norm")(x + attended)
 
@@ -267,7 +272,9 @@ class EncoderLayer(_Layer):
     self, x: Tokens, position: Tokens, mask: Mask, *, train: bool
   ) -> tuple[Tokens, None]:
     x = shard_batch(x)
-    x = self._attend("attention", x, x + position, x + position, x, mask=mask, train=train)
+    attend = self._attention("attention")
+    attended = attend(x + position, x + position, x, mask=mask, train=train)
+    x = self._add("attention", x, attended, train=train)
     return self._feed_forward(x, train=train), None
 
 
@@ -279,9 +286,12 @@ class DecoderLayer(_Layer):
     self, x: Queries, queries: Queries, memory: Tokens, position: Tokens, mask: Mask, *, train: bool
   ) -> tuple[Queries, Queries]:
     x = shard_batch(x)
-    x = self._attend("self_attention", x, x + queries, x + queries, x, train=train)
-    inputs = x + queries, memory + position, memory
-    x = self._attend("cross_attention", x, *inputs, mask=mask, train=train)
+    attend = self._attention("self_attention")
+    attended = attend(x + queries, x + queries, x, train=train)
+    x = self._add("self_attention", x, attended, train=train)
+    attend = self._attention("cross_attention")
+    attended = attend(x + queries, memory + position, memory, mask=mask, train=train)
+    x = self._add("cross_attention", x, attended, train=train)
     x = self._feed_forward(x, train=train)
     return x, x
 
@@ -391,7 +401,7 @@ class _MaskedResNet(ResNet):
     def masked(**fields: Any) -> Callable[..., Array]:
       norm = make(**fields)
 
-      def call(x: Map, *, train: bool) -> Map:
+      def call(x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w c"]:
         return jnp.where(self.keep[x.shape[1:3]][..., None], norm(x, train=train), 0)
 
       return call
