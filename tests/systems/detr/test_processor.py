@@ -128,7 +128,7 @@ def test_resized_size_equals_transformers_golden(load_golden):
   preprocess = read_preprocess({}, "file")
   for size, expected in zip(inputs["size_hw_in"], outputs["size_hw_800_1333"], strict=True):
     assert preprocess.resized_size(*map(int, size)) == tuple(expected)
-  # The official code rounds the shorter side first (tests/data/test_geometry.py).
+  # The official code rounds the shorter side first (tests/data/transforms/test_geometry.py).
   assert DETECTION.resized_size(400, 50) == (1336, 167)
   assert preprocess.resized_size(400, 50) == (1333, 167)
 

@@ -128,6 +128,8 @@ class LoadObjects(TargetTransform):
     exist = np.array([run_lengths.area(code) > 0 for code in encoded], bool)
     _log_left_out(example, ~exist, "has an outline without a pixel in the image")
     example, encoded = keep_objects(example, exist), list(itertools.compress(encoded, exist))
+    if not self.masks and turn == 1:
+      return {**example, "run_lengths": _lines(encoded, self.run_lengths or 0)}
     masks = np.array([run_lengths.decode(code) for code in encoded], bool).reshape(-1, *stored)
     self._add_masks(example, np.ascontiguousarray(orient(masks, turn, (1, 2))))
     return example
