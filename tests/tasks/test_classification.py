@@ -307,7 +307,9 @@ def test_per_class_draws_confusion_matrix():
     "classification", ConstantLogits(np.eye(3)), num_classes=3, class_names=names, top_k=1
   )
   batch = {"label": np.array([0, 0, 2])}
-  predictions = {"labels": np.array([[0], [1], [2]]), "loss": np.zeros(3)}
+  ranked = np.array([[0], [1], [2]])
+  correct = ranked == batch["label"][:, None]
+  predictions = {"labels": ranked, "correct": correct, "loss": np.zeros(3)}
   evaluator = task.evaluator()
   evaluator.add(batch, predictions)
   assert task.score_figures(evaluator) == {}
