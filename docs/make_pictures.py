@@ -32,7 +32,7 @@ from vit_jax_zoo.figures.canvas import heat_map
 from vit_jax_zoo.figures.detection import COLORS
 from vit_jax_zoo.inference.base import Options, Trained, create_predictor
 from vit_jax_zoo.inference.load import load
-from vit_jax_zoo.ops.mask_paste import paste_masks
+from vit_jax_zoo.systems.rcnn.masks import paste_masks
 from vit_jax_zoo.systems.ttsr.psnr_ssim import psnr_y
 
 COLUMNS = 6

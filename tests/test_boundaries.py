@@ -22,7 +22,8 @@ SYSTEM_NAMES = re.compile(
 SYSTEM_ATTRIBUTES = re.compile(
   r"patch_side|token_stride|num_positions|num_queries|generator_|critic|discriminator|palette|"
   r"clusters|num_colors|vgg|anchor_|roi_|rpn_|transferal|adversarial|residual_scale|lambda_|"
-  r"pre_norm|fc_norm|proposals|mask_attention|prefix_fraction|cls_token|pre_logits|representation_size|neck_file"
+  r"pre_norm|fc_norm|proposals|mask_attention|prefix_fraction|cls_token|pre_logits|representation_size|neck_file|"
+  r"mask_logits|box_masks|original_masks|masks_below|mask_paste|target_boxes"
 )
 EXCEPTIONS = re.compile(r"vit[_-]jax[_-]zoo|VIT_JAX_ZOO|configs/vit\.py|jax\._src\.clusters")
 

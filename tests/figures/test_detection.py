@@ -5,7 +5,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
-from vit_jax_zoo.figures.detection import COLORS, draw_masks, draw_predictions, draw_targets
+from vit_jax_zoo.figures.detection import COLORS, draw_predictions, draw_targets
 
 NAMES = ("cat", "dog", "bird")
 
@@ -74,32 +74,3 @@ def test_padding_rows_and_unnamed_classes(batch, predictions):
   assert [len(ax.images) for ax in figure.axes] == [1, 1]
   assert texts(figure.axes[0]) == ["2", "9"]
   assert len(draw_targets(batch).axes[0].images) == 1
-
-
-def test_masks_of_ground_truth_and_detections():
-  masks = np.zeros((2, 3, 32, 32), bool)
-  masks[:, 0, 4:12, 4:12] = masks[:, 1, 16:28, 8:30] = True
-  batch = {
-    "image": np.full((2, 32, 32, 3), 90, np.uint8),
-    "image_size": np.array([[32, 32], [28, 30]]),
-    "original_size": np.array([[64, 64], [56, 60]]),
-    "labels": np.array([[1, 2, 0]] * 2),
-    "is_target": np.array([[True, True, False]] * 2),
-    "masks": masks,
-    "mask": np.array([True, False]),
-  }
-  predictions = {
-    "scores": np.array([[0.9, 0.6, 0.0]] * 2),
-    "labels": np.array([[1, 2, 0]] * 2),
-    "is_object": np.array([[True, True, False]] * 2),
-    "boxes_xyxy": np.tile(np.array([[8.0, 8, 24, 24], [16, 32, 60, 56], [0, 0, 0, 0]]), (2, 1, 1)),
-    "box_masks": np.ones((2, 3, 14, 14)),
-  }
-  figure = draw_masks(batch, predictions, ("a", "b"), threshold=0.7)
-  titles = [ax.get_title(loc="left") for ax in figure.axes]
-  assert titles == ["truth: 2", "1 predicted at 70% or more"]
-  assert [text.get_text() for text in figure.axes[1].texts] == ["b 90%"]
-  painted = figure.axes[1].get_images()[0].get_array()
-  changed = np.abs(painted - 90 / 255).max(axis=2) > 0.01
-  np.testing.assert_array_equal(changed, masks[0, 0])
-  figure.canvas.draw()

@@ -1,30 +1,27 @@
-"""Figures of object detection: ground truth and predicted boxes and instance masks."""
+"""Figures of object detection: ground truth and predicted boxes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
-from matplotlib import colors, patheffects
+from jaxtyping import Float, Int, UInt8
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from vit_jax_zoo.errors import name_of
 from vit_jax_zoo.figures.canvas import Image, Images
-from vit_jax_zoo.ops.mask_paste import paste_masks
 
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 DARK = ("#0072B2",)  # with white text
 STYLES = ("-", "--", ":")
 CELL = 3.2  # inches
 LABEL = 0.17  # height of a name in inches
-_MASK_OPACITY = 0.5
 
 Batch = Mapping[str, Any]
 Boxes = Float[np.ndarray, "n 4"]  # left, top, right, bottom in pixels
 Labels = Int[np.ndarray, " n"]
-Masks = Bool[np.ndarray, "n h w"]
 
 
 def draw_targets(batch: Batch, class_names: Sequence[str] = ()) -> Figure:
@@ -45,11 +42,11 @@ def draw_predictions(
   Predictions are `boxes_xyxy` [b q 4], in pixels of the batch's `original_size` if it has one,
   `labels` [b q] and `scores` [b q].
   """
-  figure, cells = _pairs(batch, "Truth and predictions")
+  figure, cells = pairs(batch, "Truth and predictions")
   for row, truth, predicted in cells:
     count, image = _draw_targets(truth, batch, row, class_names), image_of(batch, row)
     truth.set_title(f"truth: {count}", fontsize=8.5, loc="left")
-    found, boxes, names = _confident(batch, predictions, row, class_names, threshold)
+    found, boxes, names = confident(batch, predictions, row, class_names, threshold)
     show(predicted, image)
     draw_boxes(predicted, boxes, names, np.asarray(predictions["labels"][row])[found])
     scores = np.asarray(predictions["scores"][row])
@@ -59,7 +56,7 @@ def draw_predictions(
   return figure
 
 
-def _confident(
+def confident(
   batch: Batch, predictions: Batch, row: int, class_names: Sequence[str], threshold: float
 ) -> tuple[Labels, Boxes, list[str]]:
   """Returns the queries that score `threshold` or more, the highest last; boxes and captions."""
@@ -71,7 +68,8 @@ def _confident(
   return found, boxes, [f"{name_of(labels[i], class_names)} {scores[i]:.0%}" for i in found]
 
 
-def _pairs(batch: Batch, title: str) -> tuple[Figure, list[tuple[int, Axes, Axes]]]:
+def pairs(batch: Batch, title: str) -> tuple[Figure, list[tuple[int, Axes, Axes]]]:
+  """Returns a figure, and the first 4 rows, each with axes for the truth and for predictions."""
   rows = real_rows(batch)[:4]
   columns = 2 if len(rows) < 2 else 4  # two images side by side
   figure, axes = grid(-(-2 * len(rows) // columns), columns, title, batch["image"])
@@ -161,45 +159,3 @@ def draw_detections(
   show(axes[0, 0], image)
   draw_boxes(axes[0, 0], boxes_xyxy[::-1], captions[::-1], labels[::-1])  # highest score on top
   return figure
-
-
-def draw_masks(
-  batch: Batch, predictions: Batch, class_names: Sequence[str] = (), *, threshold: float
-) -> Figure:
-  """Draws the first 4 images twice: with true `masks` and with a detector's `box_masks`."""
-  figure, cells = _pairs(batch, "True and predicted masks")
-  for row, truth, predicted in cells:
-    image = image_of(batch, row)
-    targets = np.asarray(batch["is_target"][row], bool)
-    masks = np.asarray(batch["masks"][row], bool)[targets][:, : image.shape[0], : image.shape[1]]
-    names = [name_of(i, class_names) for i in np.asarray(batch["labels"][row])[targets]]
-    _show_masks(truth, image, masks, names, f"truth: {len(names)}")
-    found, boxes, names = _confident(batch, predictions, row, class_names, threshold)
-    masks = np.asarray(predictions["box_masks"][row], np.float64)[found]
-    masks = paste_masks(masks, boxes, image.shape[:2])
-    title = f"{len(names)} predicted at {threshold:.0%} or more"
-    _show_masks(predicted, image, masks, names, title)
-  return figure
-
-
-def draw_predicted_masks(image: Image, masks: Masks, names: Sequence[str]) -> Figure:
-  """Draws one image with captioned masks over it."""
-  figure, axes = grid(1, 1, "", image[None])
-  figure.set_size_inches(2 * CELL, 0.3 + 2 * CELL * image.shape[0] / image.shape[1])
-  _show_masks(axes[0, 0], image, masks, names, f"{len(names)} predicted")
-  return figure
-
-
-def _show_masks(ax: Axes, image: Image, masks: Masks, names: Sequence[str], title: str) -> None:
-  painted = image.astype(np.float64) / 255
-  for index, mask in enumerate(masks):
-    color = np.array(colors.to_rgb(COLORS[index % len(COLORS)]))
-    painted[mask] = (1 - _MASK_OPACITY) * painted[mask] + _MASK_OPACITY * color
-  show(ax, painted)
-  ax.set_title(title, fontsize=8.5, loc="left")
-  for index, (mask, name) in enumerate(zip(masks, names, strict=True)):
-    rows, columns = np.nonzero(mask)
-    if len(rows):
-      ax.contour(mask, levels=[0.5], colors=[COLORS[index % len(COLORS)]], linewidths=1.4)
-      text = ax.text(columns.mean(), rows.min(), name, fontsize=8, color="white", ha="center")
-      text.set_path_effects([patheffects.withStroke(linewidth=2, foreground="black")])

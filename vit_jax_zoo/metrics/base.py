@@ -2,10 +2,13 @@
 
 import abc
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from jaxtyping import Int
+
+Arrays: TypeAlias = Mapping[str, Any]  # of a batch or of its predictions
+Size: TypeAlias = tuple[int, int]  # height and width in pixels
 
 
 class Evaluator(abc.ABC):

@@ -1,25 +1,24 @@
 """COCO's average precision of boxes and instance masks, and recall of boxes."""
 
+import abc
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-import cv2
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as run_lengths
 from jaxtyping import Bool
 
 from vit_jax_zoo.errors import name_of
-from vit_jax_zoo.metrics.base import Evaluator, check_labels, real_rows
-from vit_jax_zoo.ops.mask_paste import paste_masks
+from vit_jax_zoo.metrics.base import Arrays, Evaluator, Size, check_labels, real_rows
 
 
 class Image(NamedTuple):
   """Ground truth and detections of an image, as COCO's annotations and results without ids."""
 
   image_id: int | None
-  size: tuple[int, int]  # height and width in pixels
+  size: Size
   truth: list[dict[str, Any]]
   found: list[dict[str, Any]]
 
@@ -45,7 +44,7 @@ class DetectionEvaluator(Evaluator):
   per_class: bool = False
   images: list[Image] = dataclasses.field(default_factory=list, init=False)
 
-  def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
+  def add(self, batch: Arrays, predictions: Arrays) -> None:
     """Adds one batch; ValueError for an unknown label.
 
     Args:
@@ -84,7 +83,7 @@ class DetectionEvaluator(Evaluator):
     run.summarize()
     return run
 
-  def _image(self, batch: Mapping[str, Any], predictions: Mapping[str, Any], row: int) -> Image:
+  def _image(self, batch: Arrays, predictions: Arrays, row: int) -> Image:
     size = original_size(batch, row)
     real = np.asarray(batch["is_target"][row], bool)
     labels = np.asarray(batch["labels"][row])[real].astype(np.int64)
@@ -95,9 +94,8 @@ class DetectionEvaluator(Evaluator):
     boxes = np.asarray(batch["boxes_cxcywh"][row])[real].astype(np.float64) * scale
     center, sides = np.split(boxes, 2, axis=1)
     low, high = np.split(np.asarray(predictions["boxes_xyxy"][row], np.float64), 2, axis=1)
-    crowd, areas = np.zeros(len(labels), bool), sides.prod(axis=1)
-    if "is_crowd" in batch:
-      crowd = np.asarray(batch["is_crowd"][row], bool)[real]
+    crowd = batch["is_crowd"][row] if "is_crowd" in batch else np.zeros(len(real))
+    crowd, areas = np.asarray(crowd, bool)[real], sides.prod(axis=1)
     if "area" in batch:
       areas = np.asarray(batch["area"][row], np.float64)[real]
     found_labels = np.asarray(predictions["labels"][row]).astype(np.int64)
@@ -137,14 +135,14 @@ def _entries(**columns: np.ndarray) -> list[dict[str, Any]]:
   return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-def original_size(batch: Mapping[str, Any], row: int) -> tuple[int, int]:
+def original_size(batch: Arrays, row: int) -> Size:
   """Returns height and width of an image: `original_size`, else `image_size`, else its shape."""
   sizes = [batch[key][row] for key in ("original_size", "image_size") if key in batch]
   height, width = sizes[0] if sizes else batch["image"].shape[1:3]
   return int(height), int(width)
 
 
-_MASK_AP = tuple(name.replace("box", "mask") for name in DetectionEvaluator.scores[:6])
+_MASK_AP = ("mask_ap", "mask_ap50", "mask_ap75", "mask_ap_small", "mask_ap_medium", "mask_ap_large")
 
 
 @dataclasses.dataclass(eq=False)
@@ -153,63 +151,30 @@ class InstanceEvaluator(DetectionEvaluator):
 
   True masks are `run_lengths` uint8 [b l] (see `load_objects`), `segment_map` [b h w] of the
   original image (target index of each pixel), or `masks` bool [b t h w] of the original size.
-  Predictions: `box_masks` [b q m m], see `ops.mask_paste`, with `is_object` [b q], False for
-  padding; or `mask_logits` [b q i j] of the padded image, one per query.
   """
 
   scores = (*_MASK_AP, *DetectionEvaluator.scores)
 
-  paste_convention: str = "exact"  # of `box_masks`, see `ops.mask_paste`
-  masks_below: int | None = None  # scores only masks of smaller class ids (things)
+  @abc.abstractmethod
+  def found_masks(self, batch: Arrays, predictions: Arrays, row: int, size: Size) -> list[Any]:
+    """Returns the masks of an example's predictions, of `size`, as `encode_masks` does."""
 
-  def _image(self, batch: Mapping[str, Any], predictions: Mapping[str, Any], row: int) -> Image:
+  def _image(self, batch: Arrays, predictions: Arrays, row: int) -> Image:
     image = super()._image(batch, predictions, row)
-    if "mask_logits" in predictions:
-      masks = original_masks(batch, predictions, row, image.size)
-      found = [encode_masks(mask[None])[0] for mask in masks]
-    else:
-      found = self._pasted(predictions, row, image.size)
+    found = self.found_masks(batch, predictions, row, image.size)
     both = (*_true_masks(batch, row, image.size), *found)
     for entry, mask in zip((*image.truth, *image.found), both, strict=True):
       entry["segmentation"] = mask
     return image
 
-  def _pasted(self, predictions: Mapping[str, Any], row: int, size: tuple[int, int]) -> list[Any]:
-    real = np.asarray(predictions["is_object"][row], bool)
-    masks, boxes = (
-      np.asarray(predictions[key][row], np.float64)[real] for key in ("box_masks", "boxes_xyxy")
-    )
-    found = iter(encode_masks(paste_masks(masks, boxes, size, convention=self.paste_convention)))
-    empty = encode_masks(np.zeros((1, *size), bool))[0]
-    return [next(found) if is_object else empty for is_object in real]
-
   def result(self) -> dict[str, float]:
     scores = super().result()
-    stop = self.num_classes if self.masks_below is None else self.masks_below
-    masks = dict(zip(_MASK_AP, map(float, self._evaluate("segm", range(stop)).stats), strict=False))
+    run = self._evaluate("segm", range(self.num_classes))
+    masks = dict(zip(_MASK_AP, map(float, run.stats), strict=False))
     return {k: v for k, v in masks.items() if v >= 0} | scores
 
 
-def original_masks(
-  batch: Mapping[str, Any], predictions: Mapping[str, Any], row: int, size: tuple[int, int]
-) -> Iterator[Bool[np.ndarray, "h w"]]:
-  """Yields each query's mask in the original image's pixels, resized as in the official code.
-
-  Bilinear to the padded image, thresholded at one half, cropped, then nearest neighbour with the
-  index rounded down. `mask_logits` is [b q i j], `row` the example, `size` the original image's.
-  """
-  padded = batch["image"].shape[1:3]
-  inner = batch["image_size"][row] if "image_size" in batch else padded
-  rows, columns = (
-    np.floor(np.arange(after, dtype=np.float32) * np.float32(int(before) / after)).astype(int)
-    for before, after in zip(inner, size, strict=True)
-  )
-  for logits in np.asarray(predictions["mask_logits"][row], np.float32):
-    large = cv2.resize(logits, (padded[1], padded[0]), interpolation=cv2.INTER_LINEAR)
-    yield (large > 0)[np.minimum(rows, inner[0] - 1)][:, np.minimum(columns, inner[1] - 1)]
-
-
-def _true_masks(batch: Mapping[str, Any], row: int, size: tuple[int, int]) -> list[dict[str, Any]]:
+def _true_masks(batch: Arrays, row: int, size: Size) -> list[dict[str, Any]]:
   real = np.asarray(batch["is_target"][row], bool)
   if "run_lengths" in batch:
     lines = np.asarray(batch["run_lengths"][row], np.uint8).tobytes().rstrip(b"\0").split(b"\n")

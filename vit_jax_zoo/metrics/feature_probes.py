@@ -344,10 +344,8 @@ def hold_out(labels: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
   """Returns a random tenth of the images for selection; ValueError if there are too few."""
   held_out = np.random.default_rng(0).permutation(len(labels)) < round(0.1 * len(labels))
   if not held_out.any() or len(np.unique(labels[~held_out])) < 2:
-    classes = len(np.unique(labels))
-    raise ValueError(
-      f"probe: too few images, {len(labels)} of {classes} classes; use a larger split"
-    )
+    given = f"{len(labels)} of {len(np.unique(labels))} classes"
+    raise ValueError(f"probe: too few images, {given}; use a larger split")
   return held_out
 
 

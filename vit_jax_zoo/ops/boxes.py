@@ -22,11 +22,6 @@ def box_area(boxes_xyxy: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
   return sides[..., 0] * sides[..., 1]
 
 
-def iou(a_xyxy: Float[Array, "*#n 4"], b_xyxy: Float[Array, "*#n 4"]) -> Float[Array, "*#n"]:
-  """Returns the elementwise IoU, in [0, 1]; 0, without gradient, for two empty boxes."""
-  return _overlap(a_xyxy, b_xyxy)[0]
-
-
 def generalized_iou(
   a_xyxy: Float[Array, "*#n 4"], b_xyxy: Float[Array, "*#n 4"]
 ) -> Float[Array, "*#n"]:
@@ -45,15 +40,8 @@ def generalized_iou(
 def pairwise_iou(
   a_xyxy: Float[Array, "*b n 4"], b_xyxy: Float[Array, "*b m 4"]
 ) -> Float[Array, "*b n m"]:
-  """Returns `iou` of every box of `a_xyxy` with every one of `b_xyxy`."""
-  return iou(a_xyxy[..., :, None, :], b_xyxy[..., None, :, :])
-
-
-def pairwise_generalized_iou(
-  a_xyxy: Float[Array, "*b n 4"], b_xyxy: Float[Array, "*b m 4"]
-) -> Float[Array, "*b n m"]:
-  """Returns `generalized_iou` of every box of `a_xyxy` with every one of `b_xyxy`."""
-  return generalized_iou(a_xyxy[..., :, None, :], b_xyxy[..., None, :, :])
+  """Returns the IoU in [0, 1] of all pairs; 0, without gradient, for two empty boxes."""
+  return _overlap(a_xyxy[..., :, None, :], b_xyxy[..., None, :, :])[0]
 
 
 def _overlap(

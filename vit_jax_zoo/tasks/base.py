@@ -229,9 +229,3 @@ def pixel_mask(batch: Batch) -> Bool[Array, "b h w"]:
 def is_target(batch: Batch) -> Bool[Array, "b t"]:
   """Returns True for targets, False for padding, also in padding rows."""
   return jnp.asarray(batch["is_target"]).astype(bool) & example_mask(batch)[:, None]
-
-
-def target_boxes(batch: Batch) -> Float[Array, "b t 4"]:
-  """Returns the targets' boxes, and 0.5 in padding, whose values are undefined."""
-  boxes = jnp.asarray(batch["boxes_cxcywh"], jnp.float32)
-  return jnp.where(is_target(batch)[..., None], boxes, 0.5)

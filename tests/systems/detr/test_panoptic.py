@@ -8,9 +8,10 @@ import pytest
 from vit_jax_zoo.systems.detr.panoptic import (
   VOID,
   PanopticEvaluator,
-  PanopticQuality,
+  QueryMaskEvaluator,
   Segmentation,
   found_segments,
+  original_masks,
 )
 
 STUFF_FROM = 5  # of the fixture
@@ -78,10 +79,10 @@ def rows(*values):
 
 
 def quality(*pairs, num_classes=4, stuff_from=2):
-  result = PanopticQuality(num_classes, stuff_from)
+  evaluator = PanopticEvaluator(num_classes, stuff_from=stuff_from)
   for truth, predicted in pairs:
-    result.add(truth, predicted)
-  return result.result()
+    evaluator.count(truth, predicted)
+  return evaluator.panoptic_scores()
 
 
 def test_quality_by_hand():
@@ -173,3 +174,28 @@ def test_evaluator_batches_hosts_threshold():
   first.merge(pickle.loads(pickle.dumps(second)))
   assert first.result() == pytest.approx(expected)
   assert evaluate(images, score_threshold=0.5).result()["pq"] > expected["pq"]
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_query_masks_golden(load_golden, row):
+  """From a query's mask logits to pixels of the original image."""
+  config, _, outputs = load_golden("detr_panoptic_a")
+  size = tuple(config["orig_target_sizes"][row])
+  batch = {"image": np.zeros((2, 96, 128, 3), np.uint8), "image_size": np.array(config["sizes"])}
+  found = original_masks(batch, {"mask_logits": outputs["pred_masks"]}, row, size)
+  expected = np.unpackbits(outputs[f"post_masks_{row}"], axis=-1)[..., : size[1]]
+  np.testing.assert_array_equal(np.stack(list(found)), expected.astype(bool))
+
+
+def test_masks_of_stuff_do_not_count():
+  images = make_images()
+  expected = evaluate(images).result()["mask_ap"]
+  for _, predictions in images:
+    is_stuff = predictions["labels"] >= 2
+    assert is_stuff.any()
+    predictions["mask_logits"][is_stuff] = -4.0
+  assert evaluate(images).result()["mask_ap"] == expected
+  every = QueryMaskEvaluator(4)
+  for batch, predictions in images:
+    every.add(batch, predictions)
+  assert every.result()["mask_ap"] < expected

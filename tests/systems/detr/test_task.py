@@ -12,9 +12,9 @@ from tests.systems.detr.tiny import Echo, TinyDetector
 from tests.variables import random_variables
 from vit_jax_zoo.config import rename_fields
 from vit_jax_zoo.data.sources.base import DatasetInfo
-from vit_jax_zoo.metrics.detection import DetectionEvaluator, InstanceEvaluator
+from vit_jax_zoo.metrics.detection import DetectionEvaluator
 from vit_jax_zoo.systems.detr.losses import mask_losses
-from vit_jax_zoo.systems.detr.panoptic import PanopticEvaluator
+from vit_jax_zoo.systems.detr.panoptic import PanopticEvaluator, QueryMaskEvaluator
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
 
@@ -268,12 +268,12 @@ def test_evaluator_depends_on_mask_head_and_stuff_from():
   assert type(boxes.evaluator()) is DetectionEvaluator
   assert boxes.best_metric == "box_ap"
   instances = create_task("detection", TinyDetector(mask_head=True), **fields)
-  assert type(instances.evaluator()) is InstanceEvaluator
+  assert type(instances.evaluator()) is QueryMaskEvaluator
   assert instances.best_metric == "mask_ap"
   panoptic = create_task("detection", TinyDetector(mask_head=True), **fields, stuff_from=2)
   evaluator = panoptic.evaluator()
   assert isinstance(evaluator, PanopticEvaluator)
-  assert (evaluator.quality.stuff_from, evaluator.class_names) == (2, ("a", "b"))
+  assert (evaluator.stuff_from, evaluator.class_names) == (2, ("a", "b"))
   assert panoptic.best_metric == "pq"
   with pytest.raises(ValueError, match=r"stuff_from.*mask_head"):
     create_task("detection", TinyDetector(), **fields, stuff_from=2).evaluator()

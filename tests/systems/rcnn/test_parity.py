@@ -11,7 +11,7 @@ from faster_coco_eval.core import mask as run_lengths
 from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.inference.base import Options, create_predictor
 from vit_jax_zoo.inference.load import load
-from vit_jax_zoo.ops.mask_paste import paste_masks
+from vit_jax_zoo.systems.rcnn.masks import paste_masks
 
 pytestmark = pytest.mark.parity
 

@@ -7,7 +7,7 @@ from faster_coco_eval.core import mask as run_lengths
 from tests.systems.rcnn.test_model import HEADS
 from tests.variables import random_variables
 from vit_jax_zoo.inference.base import Options, Trained, create_predictor
-from vit_jax_zoo.ops.mask_paste import paste_masks
+from vit_jax_zoo.systems.rcnn.masks import paste_masks
 from vit_jax_zoo.systems.rcnn.model import RCNN
 from vit_jax_zoo.tasks import create_task
 

@@ -81,9 +81,9 @@ def draw_query_attention(
     draw.draw_boxes(axes[index, 0], boxes, names, labels)
     for column, query in enumerate(best):
       ax = axes[index, 1 + column]
-      padded = np.asarray(batch["image"]).shape[2:0:-1]
+      height, width = np.asarray(batch["image"]).shape[1:3]
       attention = np.asarray(predictions["attention"][row][query], np.float32)
-      values = cv2.resize(attention, padded, interpolation=cv2.INTER_LINEAR)
+      values = cv2.resize(attention, (width, height), interpolation=cv2.INTER_LINEAR)
       values = values[: image.shape[0], : image.shape[1]]
       draw.show(ax, heat_map(image, values / max(float(values.max()), 1e-9)))
       draw.draw_boxes(ax, boxes[[column]], [""], labels[[column]])

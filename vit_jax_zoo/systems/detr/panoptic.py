@@ -1,22 +1,22 @@
-"""Panoptic segmentation: segments from mask predictions, and panoptic quality.
+"""Masks and panoptic segments from mask predictions, their scores, and panoptic quality.
 
 DETR, arXiv:2005.12872, section 4.4; Kirillov et al., arXiv:1801.00868, section 4, with COCO rules.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, Int
 from PIL import Image
 
-from vit_jax_zoo.metrics.base import real_rows
-from vit_jax_zoo.metrics.detection import InstanceEvaluator, original_size
+from vit_jax_zoo.metrics.base import Arrays, Size, real_rows
+from vit_jax_zoo.metrics.detection import InstanceEvaluator, encode_masks, original_size
+from vit_jax_zoo.ops.resize import nearest_indices
 
-Arrays: TypeAlias = Mapping[str, Any]  # of a batch
 VOID = -1
 SCORE_THRESHOLD = 0.85  # section 4.4
 SMALLEST_AREA = 5  # pixels; smaller segments are dropped
@@ -29,6 +29,22 @@ class Segmentation:
   segment_map: Int[np.ndarray, "h w"]  # index of the segment at every pixel; `VOID` for none
   labels: Int[np.ndarray, " s"]  # class ids; a segment may have no pixels
   is_crowd: Bool[np.ndarray, " s"] | None = None  # annotated groups of objects; None: no crowds
+
+
+def original_masks(
+  batch: Arrays, predictions: Arrays, row: int, size: Size
+) -> Iterator[Bool[np.ndarray, "h w"]]:
+  """Yields each query's mask in the original image's pixels, resized as in the official code.
+
+  Bilinear to the padded image, thresholded at one half, cropped, then nearest neighbour with the
+  index rounded down. `mask_logits` is [b q i j], `row` the example, `size` the original image's.
+  """
+  padded = batch["image"].shape[1:3]
+  inner = batch["image_size"][row] if "image_size" in batch else padded
+  rows, columns = (nearest_indices(int(n), new) for n, new in zip(inner, size, strict=True))
+  for logits in np.asarray(predictions["mask_logits"][row], np.float32):
+    large = cv2.resize(logits, (padded[1], padded[0]), interpolation=cv2.INTER_LINEAR)
+    yield (large > 0)[rows][:, columns]
 
 
 def found_segments(
@@ -77,19 +93,56 @@ def true_segments(batch: Arrays, row: int) -> Segmentation:
   )
 
 
-class PanopticQuality:
-  """True positives, false negatives and false positives of every class, at an IoU above 0.5.
+@dataclasses.dataclass(eq=False)
+class QueryMaskEvaluator(InstanceEvaluator):
+  """COCO's metrics of boxes and of queries' masks, `mask_logits` [b q i j] of the padded image."""
 
+  def found_masks(self, batch: Arrays, predictions: Arrays, row: int, size: Size) -> list[Any]:
+    masks = original_masks(batch, predictions, row, size)
+    return [encode_masks(mask[None])[0] for mask in masks]
+
+
+@dataclasses.dataclass(eq=False)
+class PanopticEvaluator(QueryMaskEvaluator):
+  """COCO's metrics of boxes and of masks of things, and panoptic quality.
+
+  Of true positives, false negatives and false positives of every class, at an IoU above 0.5:
   PQ = sum of IoU of true positives / (TP + FP / 2 + FN / 2) = SQ x RQ.
   """
 
-  def __init__(self, num_classes: int, stuff_from: int) -> None:
-    self.stuff_from = stuff_from
-    self.iou = np.zeros(num_classes)
-    self.true_positives = np.zeros(num_classes, np.int64)
-    self.false_negatives, self.false_positives = np.zeros((2, num_classes), np.int64)
+  scores = (
+    *(f"{name}{kind}" for kind in ("", "_things", "_stuff") for name in ("pq", "sq", "rq")),
+    *InstanceEvaluator.scores,
+  )
 
-  def add(self, truth: Segmentation, found: Segmentation) -> None:
+  stuff_from: int = 91  # first class id of stuff; 91 in COCO
+  score_threshold: float = SCORE_THRESHOLD  # minimum score of the queries that become segments
+  image_ids: set[int] = dataclasses.field(default_factory=set, init=False)
+
+  def __post_init__(self) -> None:
+    self.iou = np.zeros(self.num_classes)
+    counts = np.zeros((3, self.num_classes), np.int64)
+    self.true_positives, self.false_negatives, self.false_positives = counts
+
+  def _evaluate(self, kind: Any, class_ids: Sequence[int]) -> Any:
+    return super()._evaluate(kind, range(self.stuff_from) if kind == "segm" else class_ids)
+
+  def add(self, batch: Arrays, predictions: Arrays) -> None:
+    """Evaluates one batch, as `InstanceEvaluator` describes it.
+
+    `segment_map` int [b h w] is the target's index at each pixel, of the original image, or `VOID`.
+    """
+    super().add(batch, predictions)
+    for row in real_rows(batch, len(batch["image"])).tolist():
+      if "image_id" in batch:
+        number = int(batch["image_id"][row])
+        if number in self.image_ids:
+          continue
+        self.image_ids.add(number)
+      found = found_segments(batch, predictions, row, self.stuff_from, self.score_threshold)
+      self.count(true_segments(batch, row), found)
+
+  def count(self, truth: Segmentation, found: Segmentation) -> None:
     """Counts one image.
 
     Unlabelled pixels do not count in a predicted segment's area. A segment mostly on unlabelled
@@ -118,11 +171,15 @@ class PanopticQuality:
     false[columns] = False
     np.add.at(self.false_positives, found.labels[false], 1)
 
-  def merge(self, other: "PanopticQuality") -> None:
+  def _merge(self, other: Any) -> None:
+    super()._merge(other)
     for name in ("iou", "true_positives", "false_negatives", "false_positives"):
-      setattr(self, name, getattr(self, name) + getattr(other, name))
+      setattr(self, name, getattr(self, name) + getattr(other, name))  # of disjoint images
 
   def result(self) -> dict[str, float]:
+    return super().result() | self.panoptic_scores()
+
+  def panoptic_scores(self) -> dict[str, float]:
     """Returns "pq", "sq", "rq", means over classes that occur: all, "_things" and "_stuff"."""
     stuff = np.arange(len(self.iou)) >= self.stuff_from
     errors, found = self.false_negatives + self.false_positives, {}
@@ -134,43 +191,3 @@ class PanopticQuality:
         scores = {"pq": iou / total, "sq": iou / np.maximum(matches, 1), "rq": matches / total}
         found |= {name + suffix: float(values.mean()) for name, values in scores.items()}
     return found
-
-
-@dataclasses.dataclass(eq=False)
-class PanopticEvaluator(InstanceEvaluator):
-  """COCO's metrics of boxes and of masks of things, and panoptic quality."""
-
-  scores = (
-    *(f"{name}{kind}" for kind in ("", "_things", "_stuff") for name in ("pq", "sq", "rq")),
-    *InstanceEvaluator.scores,
-  )
-
-  stuff_from: int = 91  # first class id of stuff; 91 in COCO
-  score_threshold: float = SCORE_THRESHOLD  # minimum score of the queries that become segments
-  image_ids: set[int] = dataclasses.field(default_factory=set, init=False)
-
-  def __post_init__(self) -> None:
-    self.masks_below = self.stuff_from
-    self.quality = PanopticQuality(self.num_classes, self.stuff_from)
-
-  def add(self, batch: Arrays, predictions: Arrays) -> None:
-    """Evaluates one batch, as `InstanceEvaluator` describes it.
-
-    `segment_map` int [b h w] is the target's index at each pixel, of the original image, or `VOID`.
-    """
-    super().add(batch, predictions)
-    for row in real_rows(batch, len(batch["image"])).tolist():
-      if "image_id" in batch:
-        number = int(batch["image_id"][row])
-        if number in self.image_ids:
-          continue
-        self.image_ids.add(number)
-      found = found_segments(batch, predictions, row, self.stuff_from, self.score_threshold)
-      self.quality.add(true_segments(batch, row), found)
-
-  def _merge(self, other: Any) -> None:
-    super()._merge(other)
-    self.quality.merge(other.quality)  # hosts evaluate disjoint images
-
-  def result(self) -> dict[str, float]:
-    return super().result() | self.quality.result()

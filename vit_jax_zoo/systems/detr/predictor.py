@@ -12,9 +12,9 @@ from vit_jax_zoo.figures.detection import draw_detections
 from vit_jax_zoo.inference import base
 from vit_jax_zoo.inference.base import Image, Options, Picture, Predictor, Result, Trained
 from vit_jax_zoo.inference.coco_json import box_annotation
-from vit_jax_zoo.metrics.detection import encode_masks, original_masks
+from vit_jax_zoo.metrics.detection import encode_masks
 from vit_jax_zoo.systems.detr.figures import draw_query_attention, paint_segments
-from vit_jax_zoo.systems.detr.panoptic import Segmentation, found_segments
+from vit_jax_zoo.systems.detr.panoptic import Segmentation, found_segments, original_masks
 
 
 class DetectionPredictor(Predictor):
@@ -87,8 +87,9 @@ class DetectionPredictor(Predictor):
     ]
     attention = None
     if self._options.explain:  # without the cells in the padding
-      sizes = batch["image_size"][0], found["attention"].shape[2:], batch["image"].shape[1:3]
-      rows, columns = (-(-int(side) * n // padded) for side, n, padded in zip(*sizes, strict=True))
+      grid, padded = found["attention"].shape[2:], batch["image"].shape[1:3]
+      height, width = map(int, batch["image_size"][0])
+      rows, columns = -(-height * grid[0] // padded[0]), -(-width * grid[1] // padded[1])
       attention = found["attention"][:, :, :rows, :columns]
     queries = {key: found[key] for key in ("boxes_xyxy", "labels", "scores")}
 

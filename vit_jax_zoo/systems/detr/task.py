@@ -13,15 +13,15 @@ from matplotlib.figure import Figure
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.figures import detection as draw
-from vit_jax_zoo.metrics.detection import DetectionEvaluator, InstanceEvaluator
+from vit_jax_zoo.metrics.detection import DetectionEvaluator
 from vit_jax_zoo.ops.boxes import cxcywh_to_xyxy
 from vit_jax_zoo.ops.checks import check_fractions, check_not_negative, check_positive
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.systems.detr import losses, panoptic
 from vit_jax_zoo.systems.detr.figures import draw_query_attention, draw_segments
-from vit_jax_zoo.systems.detr.matching import Matching, match
+from vit_jax_zoo.systems.detr.losses import Matching, match
 from vit_jax_zoo.tasks import base
-from vit_jax_zoo.tasks.base import image_size, is_target, pixel_mask, target_boxes
+from vit_jax_zoo.tasks.base import image_size, is_target, pixel_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +131,8 @@ class Detection(base.Task):
       terms |= self._mask_losses(outputs, batch, matching, context.normalizers["boxes"])
     count = context.normalizers["examples"]
     if self.dense_weight:
-      weights = self._matching_weights, self.no_object_weight
-      sums = losses.dense_auxiliary_loss(outputs, batch, *weights)
+      weights = self._matching_weights
+      sums = losses.dense_auxiliary_loss(outputs, batch, weights, self.no_object_weight)
       terms["dense_loss"] = jnp.sum(jnp.where(mask, sums, 0.0)) / count
     loss = sum(self._weight(name, context.step) * value for name, value in terms.items())
     labels = jnp.asarray(batch["labels"])
@@ -183,7 +183,7 @@ class Detection(base.Task):
       raise ValueError("stuff_from: panoptic quality needs masks; set model.mask_head=True")
     fields: dict[str, Any] = {"class_names": self.class_names, "per_class": self.per_class}
     if self.stuff_from is None:
-      kind = InstanceEvaluator if self.model.mask_head else DetectionEvaluator
+      kind = panoptic.QueryMaskEvaluator if self.model.mask_head else DetectionEvaluator
       return kind(self.num_classes, **fields)
     fields |= {"stuff_from": self.stuff_from, "score_threshold": self.segment_threshold}
     return panoptic.PanopticEvaluator(self.num_classes, **fields)
@@ -229,7 +229,7 @@ class Detection(base.Task):
       boxes = jnp.concatenate([jnp.moveaxis(earlier[1], 1, 0), boxes], axis=1)
     labels, targets, real = (
       jnp.broadcast_to(x[:, None], (len(x), logits.shape[1], *x.shape[1:]))
-      for x in (jnp.asarray(batch["labels"]), target_boxes(batch), is_target(batch))
+      for x in (jnp.asarray(batch["labels"]), losses.target_boxes(batch), is_target(batch))
     )
     cost = losses.matching_cost(logits, boxes, labels, targets, self._matching_weights)
     matching = match(cost, real)

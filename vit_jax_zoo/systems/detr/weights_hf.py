@@ -230,10 +230,9 @@ def _backbone_config(backbone: Mapping[str, Any], *, masks: bool) -> dict[str, A
     depths = {blocks: f"resnet{depth}" for depth, blocks in RESNET_BLOCKS.items() if depth < 200}
     name = depths.get(tuple(backbone["blocks"]))
     if name is None or tuple(backbone["widths"]) != (64, 128, 256, 512):
-      raise WeightsError(
-        f"backbone: transformers has no dilated ResNet with blocks {backbone['blocks']} and widths "
-        f"{backbone['widths']}; it has timm's ResNet-50, 101 and 152"
-      )
+      given = f"blocks {backbone['blocks']} and widths {backbone['widths']}"
+      wrong = f"backbone: transformers has no dilated ResNet with {given}"
+      raise WeightsError(f"{wrong}; it has timm's ResNet-50, 101 and 152")
     return {"use_timm_backbone": True, "backbone": name, "dilation": True}
   stages = ["stage1", "stage2", "stage3", "stage4"]
   own = {

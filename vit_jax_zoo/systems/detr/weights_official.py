@@ -143,11 +143,12 @@ def prefix_of(published: Mapping[str, np.ndarray], key: str) -> str:
 def checkpoint_fields(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
   """Returns the fields of `Checkpoint` that the official and Hugging Face's format share."""
   has_masks, counters = fields["mask_head"], (rf".*\.{layouts.COUNTER}",)
+  is_coco_panoptic = has_masks and fields["num_classes"] == 250
   return {
     "family": "detr",
     "fields": fields,
     "task": "detection",
-    "task_fields": {"stuff_from": 91} if has_masks and fields["num_classes"] == 250 else {},
+    "task_fields": {"stuff_from": 91} if is_coco_panoptic else {},
     "ignore": (*counters, r"bbox_attention\..*", r"mask_head\..*") if prefix else counters,
     "heads": ("class_head/", *(() if has_masks else ("mask_head/", "mask_attention/"))),
   }

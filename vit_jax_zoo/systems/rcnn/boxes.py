@@ -24,7 +24,7 @@ class Convention:
   """Details in which implementations differ; weights need those that they were trained with."""
 
   anchors: str  # see `cell_anchors` (all three)
-  mask_paste: str = "exact"  # see `ops.mask_paste` (Detectron's is another)
+  mask_paste: str = "exact"  # see `masks.paste_masks` (Detectron's is another)
   aligned: bool = False  # half-pixel shift of RoIAlign, see `roi_align` (Detectron2)
   inclusive_boxes: bool = False  # RoIAlign's right and bottom are the last pixel (Detectron)
   inclusive_threshold: bool = False  # NMS also at an IoU equal to the threshold (Detectron)
@@ -33,7 +33,8 @@ class Convention:
   min_detection_size: float = 0.0  # pixels; smaller detections are dropped (torchvision)
 
 
-CONVENTIONS = {  # Detectron: also the official code of FPT
+CONVENTIONS = {
+  # Girshick et al., 2018, and its successors, the official code of FPT among them.
   "detectron": Convention(
     "detectron", "detectron", inclusive_boxes=True, inclusive_threshold=True, min_clipped_size=1
   ),
@@ -44,6 +45,7 @@ CONVENTIONS = {  # Detectron: also the official code of FPT
 
 # Of one kind, such as proposals or targets; deltas have the same shape.
 Boxes: TypeAlias = Float[Array, "*#n 4"]
+Mask: TypeAlias = Bool[Array, " n"]  # of boxes
 # Factors of the four deltas, which bring them to the order of 1.
 Weights: TypeAlias = tuple[float | int, float | int, float | int, float | int]
 
@@ -160,7 +162,7 @@ class Assignment(NamedTuple):
 
 
 def assign_anchors(
-  anchors_xyxy: Boxes, targets: Targets, valid: Array, fg_iou_thresh: float, bg_iou_thresh: float
+  anchors_xyxy: Boxes, targets: Targets, valid: Mask, fg_iou_thresh: float, bg_iou_thresh: float
 ) -> Assignment:
   """Assigns the valid anchors to targets or background.
 
@@ -177,7 +179,7 @@ def assign_anchors(
 
 
 def assign_proposals(
-  proposals_xyxy: Boxes, targets: Targets, valid: Array, fg_iou_thresh: float
+  proposals_xyxy: Boxes, targets: Targets, valid: Mask, fg_iou_thresh: float
 ) -> Assignment:
   """Assigns the valid proposals to targets (IoU of at least `fg_iou_thresh`) or background.
 
@@ -411,7 +413,7 @@ def roi_align(
   """Returns the crops of boxes, each from one level of the pyramid.
 
   `level_index` is the index of each box's map, `size` the side of the crops; boxes and strides are
-  in pixels of the image. For `aligned` see above.
+  in pixels of the image. For `aligned` see the comment above `SAMPLES`.
   """
 
   def multiply(features: Float[Array, "h w c"], boxes: Float[Array, "r 4"]) -> Array:

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from vit_jax_zoo.errors import name_of
-from vit_jax_zoo.figures.detection import draw_detections, draw_predicted_masks
+from vit_jax_zoo.figures.detection import draw_detections
 from vit_jax_zoo.inference import base
 from vit_jax_zoo.inference.base import Image, Options, Picture, Predictor, Result, Trained
 from vit_jax_zoo.inference.coco_json import box_annotation
 from vit_jax_zoo.metrics.detection import encode_masks
-from vit_jax_zoo.ops.mask_paste import paste_masks
+from vit_jax_zoo.systems.rcnn.masks import draw_predicted_masks, paste_masks
 
 
 class InstancePredictor(Predictor):

@@ -14,12 +14,13 @@ from matplotlib.figure import Figure
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.figures import detection as draw
-from vit_jax_zoo.metrics.detection import DetectionEvaluator, InstanceEvaluator
+from vit_jax_zoo.metrics.detection import DetectionEvaluator
 from vit_jax_zoo.ops.boxes import cxcywh_to_xyxy, pairwise_iou
 from vit_jax_zoo.ops.checks import check_fractions, check_not_negative, check_positive
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.ops.sharding import on_own_examples
 from vit_jax_zoo.systems.rcnn import boxes as box_ops
+from vit_jax_zoo.systems.rcnn.masks import BoxMaskEvaluator, draw_masks
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.base import image_size, is_target
 
@@ -64,7 +65,7 @@ class InstanceDetection(base.Task):
   box_score_thresh: float = 0.05  # detections with a lower score are dropped
   box_nms_thresh: float = 0.5  # IoU threshold of suppression among detections of a class
   box_detections_per_img: int = 100  # maximum number of detections
-  # see `ops.mask_paste`; None: the convention's. torchvision's published weights have another.
+  # see `masks.paste_masks`; None: the convention's. torchvision's published weights have another.
   mask_paste: str | None = None
   image_mean: float | tuple[float, ...] = IMAGENET_MEAN  # see `normalize_images`
   image_std: float | tuple[float, ...] = IMAGENET_STD
@@ -159,7 +160,7 @@ class InstanceDetection(base.Task):
     `scores` float32 [b q], 0 for padding; `labels` int32 [b q]; `is_object` bool [b q], False for
     padding; `boxes_xyxy` float32 [b q 4] in pixels of `original_size` if the batch has it, else of
     the image; with a mask head `box_masks` float32 [b q m m], probabilities inside each box, see
-    `ops.mask_paste`.
+    `masks.paste_masks`.
     """
     size = image_size(batch)
     found = self.model.apply(variables, self._images(batch), size, method="propose")
@@ -202,7 +203,7 @@ class InstanceDetection(base.Task):
     fields = {"class_names": self.class_names, "per_class": self.per_class}
     if not self.model.has_masks:
       return DetectionEvaluator(self.num_classes, **fields)
-    return InstanceEvaluator(self.num_classes, paste_convention=self.paste_convention, **fields)
+    return BoxMaskEvaluator(self.num_classes, convention=self.paste_convention, **fields)
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
     return {"batch": draw.draw_targets(batch, self.class_names)}
@@ -211,7 +212,7 @@ class InstanceDetection(base.Task):
     fields = {"class_names": self.class_names, "threshold": self.score_threshold}
     figures = {"predictions": draw.draw_predictions(batch, predictions, **fields)}
     if "box_masks" in predictions and "masks" in batch:
-      figures["masks"] = draw.draw_masks(batch, predictions, **fields)
+      figures["masks"] = draw_masks(batch, predictions, **fields)
     return figures
 
   def _images(self, batch: base.Batch) -> Float[Array, "b h w c"]:
@@ -270,7 +271,12 @@ class InstanceDetection(base.Task):
     return jax.vmap(one_image)(jax.random.split(rng, len(mask)), boxes, exists, targets)
 
   def _box_losses(
-    self, logits: Array, deltas: Array, rois: Rois, targets: box_ops.Targets, fraction: Array
+    self,
+    logits: Float[Array, "b r k"],
+    deltas: Float[Array, "b r k 4"],
+    rois: Rois,
+    targets: box_ops.Targets,
+    fraction: Float[Array, ""],
   ) -> dict[str, Array]:
     if logits.shape[-1] != self.num_classes + 1:
       wrong = f"num_classes: {logits.shape[-1] - 1} in the model, {self.num_classes} in the task"

@@ -362,11 +362,10 @@ def write_checkpoint(path: str, export: Pretrained) -> None:
   """Writes a state dict that torchvision loads; WeightsError if it has no such detector."""
   fields = export.fields()
   resnet.check_plain(fields, "torchvision")
-  if fields["neck"] != "fpn" or fields["convention"] != "torchvision":
-    raise WeightsError(
-      f"torchvision has no R-CNN with neck={fields['neck']!r} and "
-      f"convention={fields['convention']!r}; expected 'fpn' and 'torchvision'"
-    )
+  neck, convention = fields["neck"], fields["convention"]
+  if (neck, convention) != ("fpn", "torchvision"):
+    wrong = f"torchvision has no R-CNN with {neck=} and {convention=}"
+    raise WeightsError(f"{wrong}; expected 'fpn' and 'torchvision'")
   arrays = write(export.variables, rows(fields["pool_size"]))
   arrays = without_ids(arrays, _OUTPUTS, export.class_names, outputs=NUM_CLASSES)
   export.warn_not_stored(path, PREPROCESS)

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from vit_jax_zoo.ops.mask_paste import paste_masks
+from vit_jax_zoo.systems.rcnn.masks import BoxMaskEvaluator, draw_masks, paste_masks
 
 
 def smooth_masks(count, side, seed=0):
@@ -97,3 +97,66 @@ def test_full_mask_fills_box():
   expected = np.zeros((30, 40), bool)
   expected[6:26, 4:24] = True
   np.testing.assert_array_equal(pasted, expected)
+
+
+def test_masks_of_ground_truth_and_detections():
+  masks = np.zeros((2, 3, 32, 32), bool)
+  masks[:, 0, 4:12, 4:12] = masks[:, 1, 16:28, 8:30] = True
+  batch = {
+    "image": np.full((2, 32, 32, 3), 90, np.uint8),
+    "image_size": np.array([[32, 32], [28, 30]]),
+    "original_size": np.array([[64, 64], [56, 60]]),
+    "labels": np.array([[1, 2, 0]] * 2),
+    "is_target": np.array([[True, True, False]] * 2),
+    "masks": masks,
+    "mask": np.array([True, False]),
+  }
+  predictions = {
+    "scores": np.array([[0.9, 0.6, 0.0]] * 2),
+    "labels": np.array([[1, 2, 0]] * 2),
+    "is_object": np.array([[True, True, False]] * 2),
+    "boxes_xyxy": np.tile(np.array([[8.0, 8, 24, 24], [16, 32, 60, 56], [0, 0, 0, 0]]), (2, 1, 1)),
+    "box_masks": np.ones((2, 3, 14, 14)),
+  }
+  figure = draw_masks(batch, predictions, ("a", "b"), threshold=0.7)
+  titles = [ax.get_title(loc="left") for ax in figure.axes]
+  assert titles == ["truth: 2", "1 predicted at 70% or more"]
+  assert [text.get_text() for text in figure.axes[1].texts] == ["b 90%"]
+  painted = figure.axes[1].get_images()[0].get_array()
+  changed = np.abs(painted - 90 / 255).max(axis=2) > 0.01
+  np.testing.assert_array_equal(changed, masks[0, 0])
+  figure.canvas.draw()
+
+
+def test_evaluator_pastes_masks_and_skips_padding():
+  """A disc in each box, and a padding row with a box and a mask that would be wrong."""
+  v, u = (np.mgrid[:28, :28] + 0.5) / 28 - 0.5
+  disc = np.clip(0.5 + 20 * (0.25 - u**2 - v**2), 0, 1)
+  boxes = np.array([[4.0, 6, 20, 22], [18, 10, 36, 34], [0, 0, 0, 0]])
+  y, x = np.mgrid[:40, :40] + 0.5
+  centers, sides = (boxes[:2, :2] + boxes[:2, 2:]) / 2, boxes[:2, 2:] - boxes[:2, :2]
+  masks = [
+    ((x - left) / width) ** 2 + ((y - top) / height) ** 2 < 0.25
+    for (left, top), (width, height) in zip(centers, sides, strict=True)
+  ]
+  batch = {
+    "image": np.zeros((1, 40, 40, 3), np.uint8),
+    "boxes_cxcywh": np.concatenate([centers, sides], axis=1)[None] / 40,
+    "labels": np.array([[0, 1]]),
+    "is_target": np.ones((1, 2), bool),
+    "masks": np.stack(masks)[None],
+  }
+  predictions = {
+    "boxes_xyxy": boxes[None],
+    "labels": np.array([[0, 1, 0]]),
+    "scores": np.array([[0.9, 0.8, 0.0]]),
+    "is_object": np.array([[True, True, False]]),
+    "box_masks": np.broadcast_to(disc, (1, 3, 28, 28)).copy(),
+  }
+  evaluator = BoxMaskEvaluator(2)
+  evaluator.add(batch, predictions)
+  assert evaluator.result()["mask_ap"] > 0.85
+  predictions["box_masks"][:, :, 14:] = 0  # half of each disc
+  half = BoxMaskEvaluator(2)
+  half.add(batch, predictions)
+  assert half.result()["mask_ap75"] == 0
