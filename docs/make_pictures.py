@@ -106,7 +106,7 @@ def explain_digits(run: str) -> tuple[list[Tile], dict[str, np.ndarray]]:
   tiles = []
   for image, label, digit in zip(found["image"], found["label"], digits, strict=True):
     caption = str(label) if label == digit["label"] else f"{label} (truth {digit['label']})"
-    tiles.append(Tile(image, caption))
+    tiles.append(Tile(np.rint(image).astype(np.uint8), caption))
   return tiles, found["explanation"]
 
 
