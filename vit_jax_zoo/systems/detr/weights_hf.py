@@ -35,7 +35,6 @@ _SUPPORTED = {
   "backbone_config.downsample_in_bottleneck": False,
 }
 """Values of `config.json` that no array shows."""
-_CLASSES = {False: "DetrForObjectDetection", True: "DetrForSegmentation"}
 _NO_LIMIT = 1_000_000  # transformers needs a `longest_edge`
 
 
@@ -204,7 +203,7 @@ def config_of(fields: Mapping[str, Any], class_names: Sequence[str] = ()) -> dic
     logging.warning(text)
   masks, decoder = fields["mask_head"], {**fields, **(fields["decoder"] or {})}
   return {
-    "architectures": [_CLASSES[masks]],
+    "architectures": ["DetrForSegmentation" if masks else "DetrForObjectDetection"],
     "model_type": "detr",
     "d_model": fields["width"],
     "num_queries": fields["num_queries"],

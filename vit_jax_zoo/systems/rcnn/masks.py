@@ -83,7 +83,7 @@ def _interpolation(at: Float[np.ndarray, " p"], side: int) -> Float[np.ndarray, 
 class BoxMaskEvaluator(InstanceEvaluator):
   """COCO's metrics of boxes and of `box_masks` [b q m m]; `is_object` [b q] is False in padding."""
 
-  convention: str = "exact"  # of `paste_masks`
+  paste_convention: str = "exact"  # of `paste_masks`
 
   def found_masks(self, batch: Arrays, predictions: Arrays, row: int, size: Size) -> list[Any]:
     del batch
@@ -91,7 +91,7 @@ class BoxMaskEvaluator(InstanceEvaluator):
     masks, boxes = (
       np.asarray(predictions[key][row], np.float64)[real] for key in ("box_masks", "boxes_xyxy")
     )
-    found = iter(encode_masks(paste_masks(masks, boxes, size, convention=self.convention)))
+    found = iter(encode_masks(paste_masks(masks, boxes, size, convention=self.paste_convention)))
     empty = encode_masks(np.zeros((1, *size), bool))[0]
     return [next(found) if is_object else empty for is_object in real]
 

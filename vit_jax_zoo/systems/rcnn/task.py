@@ -203,7 +203,7 @@ class InstanceDetection(base.Task):
     fields = {"class_names": self.class_names, "per_class": self.per_class}
     if not self.model.has_masks:
       return DetectionEvaluator(self.num_classes, **fields)
-    return BoxMaskEvaluator(self.num_classes, convention=self.paste_convention, **fields)
+    return BoxMaskEvaluator(self.num_classes, paste_convention=self.paste_convention, **fields)
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
     return {"batch": draw.draw_targets(batch, self.class_names)}

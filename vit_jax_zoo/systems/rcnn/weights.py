@@ -148,8 +148,8 @@ def mask_rows(mask_pool_size: int = 14, num_convs: int = 4) -> list[Row]:
 
 def mask_output_rows(published: str) -> list[Row]:
   """Rows of the masks' classes."""
-  outputs = background_last(CONVOLUTION), background_last(KEEP)
-  return layer_rows(published, "mask_head/logits", *outputs)
+  kernel, bias = background_last(CONVOLUTION), background_last(KEEP)
+  return layer_rows(published, "mask_head/logits", kernel, bias)
 
 
 def unfold_norms(arrays: Mapping[str, Array]) -> Flat:
