@@ -19,7 +19,7 @@ from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.nn.resnet import RESNET_BLOCKS
 from vit_jax_zoo.systems.detr import weights_official as official
 from vit_jax_zoo.weights import backbones as resnet
-from vit_jax_zoo.weights import hf_config
+from vit_jax_zoo.weights import json_files
 from vit_jax_zoo.weights import torch_layouts as layouts
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, write
@@ -111,11 +111,11 @@ def infer_fields(
 def read_checkpoint(published: Published) -> Checkpoint:
   """Reads a folder; WeightsError without a `config.json`, or for one of another model."""
   path, arrays = published.path, published.arrays
-  hf_config.check_config(published, _SUPPORTED)
+  json_files.check_config(published, _SUPPORTED)
   fields = infer_fields(arrays, published.config, path)
   prefix = _prefix(arrays)
   known = official.checkpoint_fields(fields, prefix)
-  names = hf_config.read_class_names(published.config, fields["num_classes"])
+  names = json_files.read_class_names(published.config, fields["num_classes"])
   known["task_fields"] = {**names, **known["task_fields"]}
   return Checkpoint(
     source=path,
@@ -134,18 +134,18 @@ def read_preprocess(processor: Mapping[str, Any], source: str) -> Preprocess:
   if isinstance(size, dict) and "shortest_edge" in size:
     # Before transformers 4.27 the limit was beside it.
     size = {"longest_edge": processor.get("max_size", 1333), **size}
-  size = hf_config.size_of(size, "size", _SIZES, source)
+  size = json_files.size_of(size, "size", _SIZES, source)
   if padding:
-    height, width = hf_config.size_of(padding, "pad_size", [("height", "width")], source).values()
+    height, width = json_files.size_of(padding, "pad_size", [("height", "width")], source).values()
     padding = height, width
   fit = _SIZES[tuple(size)] if processor.get("do_resize", True) else "none"
   first, second = size.values()
   by_side = fit == "shorter_side"
   return Preprocess(
     (first, first if by_side else second),
-    *hf_config.mean_and_std(processor, (IMAGENET_MEAN, IMAGENET_STD), source),
+    *json_files.mean_and_std(processor, (IMAGENET_MEAN, IMAGENET_STD), source),
     fit=fit,
-    interpolation=hf_config.interpolation_of(processor, source),
+    interpolation=json_files.interpolation_of(processor, source),
     max_side=second if by_side and second < _NO_LIMIT else None,
     rounding="ratio",
     pad_size=padding or None,
@@ -166,7 +166,7 @@ def _processor_of(preprocess: Preprocess, *, masks: bool) -> dict[str, Any]:
   if preprocess.fit == "shorter_side":
     values = values[0], preprocess.max_side or _NO_LIMIT
   return {
-    **hf_config.processor_of(preprocess, "DetrImageProcessor", fits=("none", *fits)),
+    **json_files.processor_of(preprocess, "DetrImageProcessor", fits=("none", *fits)),
     "format": "coco_panoptic" if masks else "coco_detection",
     "size": dict(zip(fits.get(preprocess.fit, ("height", "width")), values, strict=True)),
     "do_pad": True,
@@ -192,7 +192,7 @@ def write_checkpoint(path: str, export: Pretrained) -> None:
   config = config_of(fields, export.class_names)
   arrays = state_dict(export.variables, timm=config["use_timm_backbone"])
   processor = _processor_of(export.preprocess, masks=fields["mask_head"])
-  hf_config.write_folder(path, arrays, config=config, preprocessor_config=processor)
+  json_files.write_folder(path, arrays, config=config, preprocessor_config=processor)
 
 
 def config_of(fields: Mapping[str, Any], class_names: Sequence[str] = ()) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def config_of(fields: Mapping[str, Any], class_names: Sequence[str] = ()) -> dic
     "is_encoder_decoder": True,
     "auxiliary_loss": False,
     **_backbone_config(backbone, masks=masks),
-    **hf_config.label_fields(class_names, fields["num_classes"]),
+    **json_files.label_fields(class_names, fields["num_classes"]),
   }
 
 

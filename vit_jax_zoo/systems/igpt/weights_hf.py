@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax_zoo.systems.igpt.weights_openai import TRANSPOSED, checkpoint_of, palette_beside
-from vit_jax_zoo.weights import hf_config
+from vit_jax_zoo.weights import json_files
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained, side
 from vit_jax_zoo.weights.key_map import KEEP, Flat, Row, Transform, WeightsError, write
 from vit_jax_zoo.weights.readers import Published
@@ -71,7 +71,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
   `ImageGPTModel` has neither.
   """
   path, config = published.path, published.config
-  hf_config.check_config(published, _KNOWN, ["n_head"])
+  json_files.check_config(published, _KNOWN, ["n_head"])
   masks = (".attn.bias", ".attn.masked_bias")
   arrays = split({k: a for k, a in published.arrays.items() if not k.endswith(masks)})
   if "lm_head.weight" not in arrays:
@@ -87,7 +87,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
   ignore = () if fields["use_bias"] else (_BIAS,)
   checkpoint = checkpoint_of(path, arrays, TABLE, fields, *ignore)
   size = checkpoint.preprocess.image_size
-  preprocess = hf_config.read_preprocess(published.processor, size, "ImageGPT")
+  preprocess = json_files.read_preprocess(published.processor, size, "ImageGPT")
   count = fields["num_positions"]
   if math.prod(preprocess.image_size) != count or preprocess.fit != "squash":
     wrong = f"size is {published.processor.get('size')}; expected {count} pixels, n_positions"
@@ -127,16 +127,16 @@ def write_checkpoint(path: str, export: Pretrained) -> None:
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": False,
     "use_cache": True,
-    **(hf_config.label_fields(export.class_names, fields["num_classes"]) if is_classifier else {}),
+    **(json_files.label_fields(export.class_names, fields["num_classes"]) if is_classifier else {}),
   }
   contents: dict[str, Any] = {"config": config}
   if clusters is not None:
     contents["preprocessor_config"] = {
-      **hf_config.processor_of(export.preprocess, "ImageGPTImageProcessor", fits=("squash",)),
+      **json_files.processor_of(export.preprocess, "ImageGPTImageProcessor", fits=("squash",)),
       "clusters": np.asarray(clusters).tolist(),
       "do_color_quantize": True,
     }
-  hf_config.write_folder(path, join(write(kept, TABLE)), **contents)
+  json_files.write_folder(path, join(write(kept, TABLE)), **contents)
 
 
 def split(published: Mapping[str, np.ndarray]) -> Flat:

@@ -10,7 +10,7 @@ from typing import Any
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.systems.lambda_resnet.layer import LambdaLayer
 from vit_jax_zoo.systems.lambda_resnet.model import VARIANTS
-from vit_jax_zoo.weights import hf_config
+from vit_jax_zoo.weights import json_files
 from vit_jax_zoo.weights import torch_layouts as layouts
 from vit_jax_zoo.weights.backbones import Backbone
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Pretrained, Size, outputs_of, side
@@ -82,7 +82,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
   # timm's model cards: 256 pixels, bicubic, center crop of 94 % (50ts: 95 %).
   crop_pct = 0.95 if fields["activation"] == "silu" else 0.94
   default = Preprocess((256, 256), IMAGENET_MEAN, IMAGENET_STD, crop_pct=crop_pct)
-  settings = hf_config.read_timm(published, default)
+  settings = json_files.read_timm(published, default)
   fields |= _stated_fields(published)
   tables = _size_of_tables(arrays)
   if size := settings["image_size"] or tables:
@@ -145,7 +145,7 @@ def write_checkpoint(path: str, export: Pretrained) -> None:
   arrays, others = write_flat(export.variables), dict(arguments)
   if size := _size_of_tables(arrays):
     arguments["img_size"] = list(size)
-  hf_config.write_timm(path, arrays, export, (name, others), arguments)
+  json_files.write_timm(path, arrays, export, (name, others), arguments)
 
 
 _ARGUMENTS = {"receptive_field": "r", "num_heads": "num_heads", "dim_k": "dim_head"}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax_zoo.systems.vit import weights_common as common
-from vit_jax_zoo.weights import hf_config
+from vit_jax_zoo.weights import json_files
 from vit_jax_zoo.weights import torch_layouts as layouts
 from vit_jax_zoo.weights.checkpoint import Pretrained, count, outputs_of, side
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, unroll, write
@@ -66,14 +66,14 @@ def is_of(published: Mapping[str, np.ndarray]) -> bool:
 def read_checkpoint(published: Published) -> common.VitCheckpoint:
   """Reads a folder with its `config.json`."""
   path, config, arrays = published.path, published.config, published.arrays
-  hf_config.check_config(published, {"model_type": "vit"}, ["num_attention_heads", "patch_size"])
+  json_files.check_config(published, {"model_type": "vit"}, ["num_attention_heads", "patch_size"])
   activation, pooler = config.get("hidden_act", "gelu"), config.get("pooler_act", "tanh")
   if activation not in [*ACTIVATIONS] or pooler != "tanh":
     given = f"hidden_act {activation!r} and pooler_act {pooler!r}"
     raise WeightsError(f"{path} has {given}; known are {', '.join(ACTIVATIONS)}, and tanh")
   file, sides = f"{path}/config.json", [("height", "width")]
-  image = hf_config.size_of(config.get("image_size", 224), "image_size", sides, file)
-  patch = hf_config.size_of(config["patch_size"], "patch_size", sides, file)
+  image = json_files.size_of(config.get("image_size", 224), "image_size", sides, file)
+  patch = json_files.size_of(config["patch_size"], "patch_size", sides, file)
   if patch["height"] != patch["width"]:
     raise WeightsError(f"{path} has patches of {config['patch_size']}; ours are square")
   hidden = rf"{_LAYER}intermediate\.dense\.weight"
@@ -97,7 +97,7 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
     "layer_norm_epsilon": config.get("layer_norm_eps", 1e-12),
   }
   size = (image["height"], image["width"])
-  task_fields = hf_config.read_class_names(config, fields["num_classes"] or 0)
+  task_fields = json_files.read_class_names(config, fields["num_classes"] or 0)
   if config.get("problem_type") == _MULTI_LABEL:
     task_fields["objective"] = "sigmoid"
   return common.VitCheckpoint(
@@ -106,7 +106,7 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
     table=(*CLASSIFIER_TABLE, *BASE_TABLE),
     fields=fields,
     resize="bicubic",
-    preprocess=hf_config.read_preprocess(published.processor, size, "ViT"),
+    preprocess=json_files.read_preprocess(published.processor, size, "ViT"),
     task_fields=task_fields,
     image_size=size,
   )
@@ -124,7 +124,7 @@ def write_checkpoint(path: str, export: Pretrained) -> None:
   """Writes a folder that `ViTForImageClassification.from_pretrained` loads, or `ViTModel`'s."""
   common.check_fixed(export, FIXED, "Hugging Face")
   arrays = state_dict(common.with_table(export, class_row=True))
-  processor = hf_config.processor_of(export.preprocess, "ViTImageProcessor")
+  processor = json_files.processor_of(export.preprocess, "ViTImageProcessor")
   fields, size = export.fields(), export.preprocess.image_size
   num_classes, pooled = fields["num_classes"], fields["representation_size"]
   config = {
@@ -142,8 +142,8 @@ def write_checkpoint(path: str, export: Pretrained) -> None:
     "num_channels": export.preprocess.channels,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
-    **(hf_config.label_fields(export.class_names, num_classes) if num_classes else {}),
+    **(json_files.label_fields(export.class_names, num_classes) if num_classes else {}),
     **({"problem_type": _MULTI_LABEL} if export.task_fields.get("objective") == "sigmoid" else {}),
     **({} if pooled is None else {"pooler_output_size": pooled, "pooler_act": "tanh"}),
   }
-  hf_config.write_folder(path, arrays, config=config, preprocessor_config=processor)
+  json_files.write_folder(path, arrays, config=config, preprocessor_config=processor)

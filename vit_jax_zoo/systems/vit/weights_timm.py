@@ -12,7 +12,7 @@ from absl import logging
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.systems.vit import weights_common as common
 from vit_jax_zoo.systems.vit.model import VARIANTS
-from vit_jax_zoo.weights import hf_config
+from vit_jax_zoo.weights import json_files
 from vit_jax_zoo.weights import torch_layouts as layouts
 from vit_jax_zoo.weights.checkpoint import Pretrained, count, outputs_of, side
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, unroll, write
@@ -143,7 +143,7 @@ def _infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str,
 def read_checkpoint(published: Published) -> common.VitCheckpoint:
   """Reads a file, and the `config.json` beside it, if there is one."""
   default = Preprocess((224, 224), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9)
-  settings = hf_config.read_timm(published, default)
+  settings = json_files.read_timm(published, default)
   path, stated_name = published.path, published.config.get("architecture") or ""
   if not isinstance(stated_name, str):
     raise WeightsError(f"{path}: architecture is {stated_name!r}; expected a name of timm")
@@ -228,7 +228,7 @@ def write_checkpoint(path: str, export: Pretrained) -> None:
     "no_embed_class": with_cls and not own_row,
     "global_pool": _POOLS[fields["pool"]],
   }
-  hf_config.write_timm(path, arrays, export, _architecture(fields), arguments)
+  json_files.write_timm(path, arrays, export, _architecture(fields), arguments)
 
 
 _SIZES = {

@@ -6,11 +6,11 @@ import functools
 import numpy as np
 import pytest
 
-from vit_jax_zoo.weights import hf_config
-from vit_jax_zoo.weights.hf_config import label_fields, processor_of, read_class_names
+from vit_jax_zoo.weights import json_files
+from vit_jax_zoo.weights.json_files import label_fields, processor_of, read_class_names
 from vit_jax_zoo.weights.key_map import WeightsError
 
-read_preprocess = functools.partial(hf_config.read_preprocess, kind="ViT")
+read_preprocess = functools.partial(json_files.read_preprocess, kind="ViT")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_preprocess_equals_transformers(name):
 
   fields = {**CROPS[name], "do_center_crop": True} if name in CROPS else {}
   fields |= dict.fromkeys(("do_resize", "do_normalize")) if name == "nothing" else {}
-  kind = name if name in hf_config._DEFAULTS else "ViT"
+  kind = name if name in json_files._DEFAULTS else "ViT"
   theirs = getattr(transformers, f"{kind}ImageProcessorPil")(**fields)
   ours = read_preprocess({"image_processor_type": f"{kind}ImageProcessor", **fields}, (224,) * 2)
   rng = np.random.default_rng(0)

@@ -20,9 +20,9 @@ from vit_jax_zoo.weights.readers import Published, write_safetensors
 def check_config(
   published: Published, supported: Mapping[str, Any], needed: Sequence[str] = ()
 ) -> None:
-  """Raises WeightsError for no `config.json`, one without `needed` keys, or of an unknown model.
+  """Raises WeightsError without `config.json` or one of its `needed` keys, or for another model.
 
-  A key of `supported`, or its "section.key", has that value or is missing.
+  `supported` are values by key or "section.key"; missing keys pass.
   """
   path, config = published.path, published.config
   if not published.file.with_name("config.json").exists():
@@ -78,7 +78,7 @@ _MAX_SIDE = math.isqrt(MAX_PIXELS)
 def size_of(
   given: Any, field: str, known: Iterable[Sequence[str]], source: str = _PROCESSOR
 ) -> dict[str, int]:
-  """Returns the sides by name, one of the `known` sets in its order; of one or two numbers, too."""
+  """Returns the sides by name; one number is the side of a square, two are height and width."""
   sides: Any = [given, given] if isinstance(given, int) else given
   if isinstance(sides, list) and len(sides) == 2:
     sides = dict(zip(("height", "width"), sides, strict=True))
