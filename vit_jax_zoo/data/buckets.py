@@ -1,9 +1,8 @@
 """Bucketed batching of images of different sizes.
 
 XLA compiles a step for each shape, so batches have one of a few shapes, the buckets, and images are
-padded at the right and bottom to the bucket of their batch. To limit padding, the images of a batch
-are of similar size. Batches are planned from the images' sizes only, so that all hosts compute the
-same plan without reading an image:
+padded at the right and bottom to the bucket of their batch, whose images are of similar size. All
+hosts compute the same plan, from the images' sizes only:
 
 * Training takes the positions of a run (`data/shuffle.py`) in windows of `WINDOW` batches. The
   example and the random numbers of a position do not change; within a window positions are sorted

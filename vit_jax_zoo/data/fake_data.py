@@ -56,13 +56,14 @@ DATASETS: Mapping[str, Facts] = {
 }
 """By name in TFDS or of the published folder. From the datasets' pages."""
 
+_PHOTOS = Facts("pair", {"train": 10_000, "test": 100}, [(768, 1024)])
 _COMMON = {
   **dict.fromkeys(("csv", "folder", "hf", "tfds", "wds"), "imagenet2012"),
   "coco": "coco/2017",
-  "segmentation": "ADEChallengeData2016",
-  "segments": "ADEChallengeData2016",
+  "pairs": "photographs of 1024x768",
+  **dict.fromkeys(("segmentation", "segments"), "ADEChallengeData2016"),
 }
-_OWN_PAIRS = Facts("pair", {"train": 10_000, "test": 100}, [(768, 1024)])
+"""Dataset by the kind of source; without one, missing data are an error."""
 
 
 def load(name: str, split: str, **options: Any) -> base.Source:
@@ -79,9 +80,10 @@ def load(name: str, split: str, **options: Any) -> base.Source:
     try:
       return load_source(name, split, **options)
     except FileNotFoundError:
-      common = _COMMON.get(kind)
-      assumption = f"{name} not found: assumed to be like {common or 'photographs of 1024x768'}"
-      facts = _OWN_PAIRS if common is None else DATASETS[common]
+      if kind not in _COMMON:
+        raise
+      assumption = f"{name} not found: assumed to be like {_COMMON[kind]}"
+      facts = DATASETS.get(_COMMON[kind], _PHOTOS)
   if facts.kind == "objects" and options.get("panoptic"):
     facts = facts._replace(kind="segments")
   opened: dict[str, Callable[[], base.Source]] = {

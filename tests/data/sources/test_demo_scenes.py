@@ -74,7 +74,7 @@ def test_splits_disjoint():
 def test_draw_scene_deterministic():
   """Also: digits are brighter than their surroundings."""
   material = demo_scenes.read_material("test")
-  scene, again = (demo_scenes.draw_scene(*material, np.random.default_rng(5)) for _ in range(2))
+  scene, again = (demo_scenes.draw_scene(material, np.random.default_rng(5)) for _ in range(2))
   np.testing.assert_array_equal(scene.image, again.image)
   assert scene.labels == again.labels
   assert scene.image.shape == (demo_scenes.SIZE, demo_scenes.SIZE, 3)
@@ -84,6 +84,6 @@ def test_draw_scene_deterministic():
 
 
 def test_record_jpeg_close_to_scene():
-  scene = demo_scenes.draw_scene(*demo_scenes.read_material("test"), np.random.default_rng(3))
+  scene = demo_scenes.draw_scene(demo_scenes.read_material("test"), np.random.default_rng(3))
   record = demo_scenes._record(scene, 0)
   assert np.abs(decode_image(record["image"]).astype(int) - scene.image).mean() < 6

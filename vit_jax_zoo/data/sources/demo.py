@@ -43,6 +43,7 @@ PHOTOS = {
 
 Record = dict[str, Any]
 Opacity = Float32[np.ndarray, "h w"]  # of each pixel, in [0, 1]
+Squares = UInt8[np.ndarray, "_ _ _ 3"]  # parts of a photograph, to cut textures from
 
 
 def read_photo(name: str) -> np.ndarray:
@@ -133,18 +134,23 @@ def scenes(split: str) -> Iterator[Record]:
   material, seed = read_material(split), {"train": 1, "test": 2}[split]
   first = 0 if split == "train" else COUNTS["train"]
   for number in range(COUNTS[split]):
-    yield _record(draw_scene(*material, np.random.default_rng((seed, number))), first + number)
+    yield _record(draw_scene(material, np.random.default_rng((seed, number))), first + number)
 
 
-Squares = UInt8[np.ndarray, "_ _ _ 3"]  # parts of a photograph, to cut textures from
+class Material(NamedTuple):
+  """Digits and textures of a split."""
+
+  digits: list[np.ndarray]  # strength in [0, 1], float32 [h w], each cut to its stroke
+  labels: Int[np.ndarray, " n"]  # of the digits
+  squares: list[Squares]  # of each of `TEXTURES`
 
 
-def read_material(split: str) -> tuple[list[np.ndarray], Int[np.ndarray, " n"], list[Squares]]:
-  """Returns a split's digits, in [0, 1] and cut to their strokes, their labels, and `TEXTURES`."""
+def read_material(split: str) -> Material:
+  """Returns the digits and textures of a split."""
   images, labels = _digit_images()
   chosen = _belongs(len(labels), split)
   digits = [_cut(image, 48).astype(np.float32) / 255 for image in images[chosen]]
-  return digits, labels[chosen], [_squares(name, split) for name in TEXTURES]
+  return Material(digits, labels[chosen], [_squares(name, split) for name in TEXTURES])
 
 
 def _cut(digit: np.ndarray, above: float | int) -> np.ndarray:
@@ -168,26 +174,24 @@ class Scene(NamedTuple):
   labels: tuple[int, ...]  # the segments' classes; the first two are stuff
 
 
-def draw_scene(
-  digits: list[np.ndarray], digit_labels: np.ndarray, squares: list[Squares], rng: Generator
-) -> Scene:
+def draw_scene(material: Material, rng: Generator) -> Scene:
   """Draws a scene: two textures, then digits from back to front, each at least 75 % visible."""
   textures = rng.choice(len(TEXTURES), 2, replace=False)
   segment_map = _regions(rng)
-  backgrounds = [_texture(squares[t], rng) for t in textures]
+  backgrounds = [_texture(material.squares[t], rng) for t in textures]
   image = np.where(segment_map[..., None] == 0, *backgrounds).astype(np.float32)
   labels = [STUFF_FROM + int(t) for t in textures]
   areas = [0, 0]
   for _ in range(int(rng.integers(1, MAX_DIGITS, endpoint=True))):
     for _ in range(8):  # attempts to place it
-      digit = int(rng.integers(len(digits)))
-      stroke = _placed(digits[digit], rng)
+      digit = int(rng.integers(len(material.digits)))
+      stroke = _placed(material.digits[digit], rng)
       after = np.where(stroke > 0.5, len(labels), segment_map)
       visible = np.bincount(after.ravel(), minlength=len(labels) + 1)
       if all(visible[i] >= 0.75 * areas[i] for i in range(2, len(labels))):
         segment_map = after
         image = _painted(image, stroke, rng)
-        labels.append(int(digit_labels[digit]))
+        labels.append(int(material.labels[digit]))
         areas.append(int(visible[-1]))
         break
   return Scene(np.round(image).astype(np.uint8), segment_map, tuple(labels))

@@ -363,7 +363,9 @@ def encode_labels(
   return encoded, count, names
 
 
-def hold_out(files: Labelled, fraction: float, *, highest: bool = False) -> tuple[Labelled, ...]:
+def hold_out(
+  files: Labelled, fraction: float, *, highest: bool = False
+) -> tuple[Labelled, Labelled]:
   """Splits files in (rest, held out), both in their order: a fraction of the range of hashes.
 
   Each class of two or more files has at least one in either part. Those with the lowest hashes are

@@ -39,7 +39,8 @@ class WdsSource(folder.LabelledSource):
       raise base.CorruptExampleError(f"{shard} cannot be read ({error.strerror})") from None
 
   def example_name(self, index: int) -> str:
-    return "{2}: {0}".format(*self._files[index])
+    name, _, shard, *_ = self._files[index]
+    return f"{shard}: {name}"
 
 
 def open_splits(
@@ -62,8 +63,9 @@ def open_splits(
       (key, tuple(label) if isinstance(label, list) else label, shard, *place)
       for key, label, *place in samples
     )
-  label_name = "{0[2]}: {0[0]}: label".format
-  encoded, count, names = folder.encode_labels(found, class_names, label_name)
+  encoded, count, names = folder.encode_labels(
+    found, class_names, lambda file: f"{file[2]}: {file[0]}: label"
+  )
   opened = functools.partial(WdsSource, base.DatasetInfo(name, 0, count, names), "")
   return folder.hold_out_test({s: functools.partial(opened, f) for s, f in encoded.items()})
 

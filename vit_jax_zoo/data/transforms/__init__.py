@@ -110,7 +110,7 @@ TRANSFORMS = Registry(
 
 
 _MAX_SIDE = math.isqrt(images.MAX_PIXELS)
-_POSITIVE = ("shorter", "longest", "height", "width", "crop_from", "crop_sides", "num")
+_POSITIVE = ("shorter", "longest", "height", "width", "num")
 
 
 def build_transforms(specs: Any) -> tuple[Transform, ...]:

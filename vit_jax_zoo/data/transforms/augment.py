@@ -23,8 +23,6 @@ are drawn with replacement. The rest differs between the implementations:
 | new pixels      | grey 128                             | `fill`: the data's mean colour    |
 | interpolation   | nearest                              | bilinear or bicubic, drawn        |
 
-Enhancements are brightness, color, contrast, sharpness.
-
 The left column is what the code computes, not what its authors intended. TensorFlow stores the
 threshold of solarize in eight bits, so that M = 10 and 20 invert the image, as M = 0 does; and it
 shifts a byte by at most seven bits. (Checked with TensorFlow 2.15 and NumPy 1.23; NumPy 2 raises an

@@ -396,8 +396,8 @@ class RandomScaleCrop(GeometricTransform):
   crop_sides: Sequence[int] = (384, 600)  # smallest and largest side, bounded by the image
 
   def __post_init__(self) -> None:
-    ok = len(self.crop_sides) == 2 and self.crop_sides[0] <= self.crop_sides[1]
-    self.check("crop_sides", ok, "(smallest, largest)")
+    self.check_limits("crop_sides", np.inf)
+    self.check("crop_from", min(self.crop_from, default=0) > 0, "sides above 0")
 
   def plan(self, size: Size, rng: np.random.Generator) -> Sequence[Step]:
     steps: list[Step] = []
