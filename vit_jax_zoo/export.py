@@ -3,10 +3,16 @@
     python -m vit_jax_zoo.export --model=runs/vit_b16 --format=safetensors-timm --output=out/
     python -m vit_jax_zoo.export --model=ViT-B_16.npz --format=hf --output=out/
 
-`--format`: `safetensors-timm` and `hf`, folders for timm and transformers; `npz`, Google's layout;
-`pth` (DETR, FPT) and `pt` (TTSR), the official code's; `orbax`, a checkpoint of this package;
-`stablehlo` and `onnx`, folders with the whole program, not for TTSR. docs/guides/weights.md has who
-reads them. Each export has a model card, README.md; `--push_to_hub=user/name` uploads it all.
+Formats, their outputs, and who reads them:
+
+    safetensors-timm  folder: model.safetensors, config.json; timm, `local-dir:<path>`
+    hf                folder: model.safetensors and JSON files; transformers
+    npz               file in Google's layout; vision_transformer, big_vision
+    pth, pt           file of the official code: DETR, FPT; TTSR
+    orbax             folder: a checkpoint of this package; `--model`, Orbax
+    stablehlo, onnx   folder: the whole program, not of TTSR (several inputs); JAX, ONNX Runtime
+
+If a format does not support a model, the error names the field. Exports have a model card.
 """
 
 import dataclasses
@@ -25,21 +31,14 @@ from etils import epath
 
 from vit_jax_zoo import cli
 from vit_jax_zoo.errors import check_names
+from vit_jax_zoo.inference import programs
 from vit_jax_zoo.inference.load import load_pretrained
-from vit_jax_zoo.inference.programs import (
-  NOTES_FILE,
-  plain,
-  preprocessing_steps,
-  write_onnx,
-  write_stablehlo,
-)
 from vit_jax_zoo.registry import family_of, systems, variants
 from vit_jax_zoo.run_metadata import CONFIG_FILE, DATA_FILE, load_run
 from vit_jax_zoo.tasks import task_fields, tasks
 from vit_jax_zoo.training.checkpoint import find_checkpoint, is_checkpoint
 from vit_jax_zoo.training.metric_writer import METRICS_FILE, read_metrics
 from vit_jax_zoo.weights import Pretrained, hub
-from vit_jax_zoo.weights.hub import entries
 from vit_jax_zoo.weights.key_map import unroll
 from vit_jax_zoo.weights.load import flatten_variables, writable_formats
 
@@ -59,7 +58,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("image_size", None, "image size; position embeddings are interpolated")
   flags.DEFINE_bool("with_preprocessing", False, "programs take uint8 images of any size")
   flags.DEFINE_string("license", "unknown", "licence in the model card: apache-2.0, mit, ...")
-  flags.DEFINE_string("push_to_hub", None, "user/name: also uploads to the Hugging Face hub")
+  flags.DEFINE_string("push_to_hub", None, "user/name: also uploads all to the Hugging Face hub")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -101,7 +100,7 @@ def _check_output(model: epath.Path, output: epath.Path) -> None:
     raise ValueError(f"--output={output}: holds what is no export, as it has no {card}; {advice}")
 
 
-PROGRAMS = {"stablehlo": write_stablehlo, "onnx": write_onnx}
+PROGRAMS = {"stablehlo": programs.write_stablehlo, "onnx": programs.write_onnx}
 
 
 def formats_of(family: str) -> tuple[str, ...]:
@@ -113,7 +112,7 @@ def formats_of(family: str) -> tuple[str, ...]:
 
 
 def write(pretrained: Pretrained, form: str, path: str, **options: Any) -> None:
-  """Writes a model in a format of `formats_of`, else ValueError; `options`: of `make_program`."""
+  """Writes a model; `form` is one of `formats_of`, `options` are those of `make_program`."""
   family = family_of(pretrained.model)
   check_names(f"format of {family}", [form], formats_of(family))
   if form in PROGRAMS:
@@ -121,11 +120,11 @@ def write(pretrained: Pretrained, form: str, path: str, **options: Any) -> None:
   elif form == "orbax":
     write_orbax(pretrained, family, path)
   else:
-    writable_formats(family)[form].write_checkpoint(path, export_of(pretrained))
+    writable_formats(family)[form].write_checkpoint(path, flatten_pretrained(pretrained))
 
 
-def export_of(pretrained: Pretrained) -> Pretrained:
-  """Returns the input of the writers of published formats: variables by path, layers unrolled."""
+def flatten_pretrained(pretrained: Pretrained) -> Pretrained:
+  """Returns what the writers of published formats take: variables by path, layers unrolled."""
   flat = {key: np.asarray(x) for key, x in flatten_variables(pretrained.variables).items()}
   return dataclasses.replace(pretrained, variables=unroll(flat))
 
@@ -154,7 +153,7 @@ def write_orbax(pretrained: Pretrained, family: str, path: str) -> None:
     "shapes": {"image": [*size, preprocess.channels]} if size and preprocess.has_fixed_size else {},
   }
   for file, content in ((CONFIG_FILE, config), (DATA_FILE, data)):
-    (folder / file).write_text(json.dumps(plain(content), indent=1) + "\n")
+    (folder / file).write_text(json.dumps(programs.plain(content), indent=1) + "\n")
 
 
 def write_card(
@@ -179,7 +178,7 @@ def write_card(
   listed = [*names[:_MAX_CLASSES], *([f"... ({len(names)} in all)"] * (len(names) > _MAX_CLASSES))]
   classes = "".join(["\n\nClasses:\n", *(f"\n- {name}" for name in listed)]) if names else ""
   count = sum(leaf.size for leaf in jax.tree.leaves(pretrained.variables["params"]))
-  steps = enumerate(preprocessing_steps(pretrained), 1)
+  steps = enumerate(programs.preprocessing_steps(pretrained), 1)
   sections = {
     "Use": f"```python\n{_usage(output, form, hub_name)}```",
     "Architecture": f"{type(model).__name__}, {count:,} parameters.\n\n{_table(others)}",
@@ -202,7 +201,7 @@ def write_card(
 def _training(source: str) -> tuple[str, dict[str, Any]]:
   """Returns the training data in words, and the scores of the checkpoint, as far as known."""
   if not is_checkpoint(source):
-    entry = entries().get(source)
+    entry = hub.entries().get(source)
     return "", {f"reported score ({entry.source})": entry.score} if entry else {}
   checkpoint = find_checkpoint(source)
   workdir = next(p for p in (checkpoint, *checkpoint.parents) if (p / CONFIG_FILE).exists())
@@ -216,18 +215,18 @@ def _training(source: str) -> tuple[str, dict[str, Any]]:
 
 def _front_matter(title: str, dataset: str, scores: Mapping[str, Any], **metadata: Any) -> str:
   try:
-    hub = importlib.import_module("huggingface_hub")
+    hf = importlib.import_module("huggingface_hub")
   except ImportError:
     logging.info("model card: no metadata of the hub; pip install -e '.[hub]'")
     return ""
   task, name = metadata["pipeline_tag"], dataset.partition(",")[0]
-  results = [hub.EvalResult(task, name, name, *x) for x in scores.items() if name and task]
+  results = [hf.EvalResult(task, name, name, *x) for x in scores.items() if name and task]
   more = {"model_name": title, "eval_results": results} if results else {}
-  return f"---\n{hub.ModelCardData(**metadata, **more).to_yaml()}\n---\n\n"
+  return f"---\n{hf.ModelCardData(**metadata, **more).to_yaml()}\n---\n\n"
 
 
 def _table(values: Mapping[str, Any]) -> str:
-  rows = {k: f"{v:.4g}" if isinstance(v, float) else plain(v) for k, v in values.items()}
+  rows = {k: f"{v:.4g}" if isinstance(v, float) else programs.plain(v) for k, v in values.items()}
   return "\n".join(["| name | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
 
 
@@ -240,7 +239,7 @@ def _usage(output: epath.Path, form: str, hub_name: str) -> str:
   fields = {"path": path, "name": name, "timm": f"{'hf-hub' if hub_name else 'local-dir'}:{name}"}
   if form == "hf":
     fields["architecture"] = json.loads((output / "config.json").read_text())["architectures"][0]
-  elif (notes_file := output / NOTES_FILE).exists():
+  elif (notes_file := output / programs.NOTES_FILE).exists():
     notes = json.loads(notes_file.read_text())
     inputs = [name for name in ("images", "image_size") if name in notes]
     fields["inputs"] = ", ".join(inputs)

@@ -93,7 +93,7 @@ def test_missing_data_reported_and_skipped(digits, tmp_path):
     "run python -m vit_jax_zoo.data.prepare --dataset=cifar10" in kept["missing"]["knn on cifar10"]
   )
   request = request_of(("vtab",), data_dir=str(tmp_path / "none"))
-  assert command.run_and_write(request, digits, tmp_path, {}) == command.EXIT_NOTHING_FOUND
+  assert command.run_and_write(request, digits, tmp_path, {}) == 1
   kept = json.loads((tmp_path / "transfer.json").read_text())
   assert len(kept["missing"]) == 19
   assert kept["means"]["vtab"] == {}

@@ -6,13 +6,17 @@ r"""Evaluates a model's features, or its classes, on other datasets.
     python -m vit_jax_zoo.transfer --model=runs/igpt_xl_imagenet --suite=linear_sgd \
       --data=imagenet2012 --concatenate=5
 
-`--model` is a run's workdir, a published file or folder, or a published name; images are
-preprocessed as in its own evaluation. Suites share the features of a dataset.
+Images are preprocessed as in the model's own evaluation. Suites, which share features:
 
-Suites: few_shot, linear, linear_sgd, knn, vtab; imagenet, real, v2, a, r, for a classifier of
-ImageNet. docs/guides/data.md describes them.
+    few_shot    ridge regression on 1, 5, 10, 25 images per class, three draws
+    linear      logistic regression by L-BFGS (iGPT's for CIFAR and STL-10)
+    linear_sgd  logistic regression by SGD (iGPT's for ImageNet)
+    knn         k nearest neighbours
+    vtab        VTAB-1k's 19 tasks, 800 + 200 images each, linear on frozen features
 
-`--data` lists sources (`folder:/path`) or datasets of the suite; all of the suite's by default.
+imagenet, real, v2, a, r: an ImageNet classifier on the validation images, their ReaL labels,
+ImageNet-V2, -A and -R.
+
 Datasets that are not prepared are skipped, with the command that prepares them. The VTAB paper's
 scores are of fine-tuned models, and higher than linear ones. Tested only on the embedded datasets.
 
@@ -38,7 +42,6 @@ from vit_jax_zoo.transfer.suites import SUITES, Extractor, Outcome, Request, run
 FLAGS = flags.FLAGS
 
 RESULTS_FILE = "transfer.json"
-EXIT_NOTHING_FOUND = 1
 
 TITLES = {
   **{name: probe.title for name, probe in PROBES.items()},
@@ -55,7 +58,7 @@ def define_flags() -> None:
   """Defines the command's flags: not on import, as other commands have flags of the same names."""
   flags.DEFINE_string("model", None, "a run's workdir, or a published file, folder or name")
   flags.DEFINE_list("suite", [], f"suites: {', '.join(SUITES)}")
-  flags.DEFINE_list("data", [], "sources, or datasets of the suite; default: all of the suite's")
+  flags.DEFINE_list("data", [], "sources (folder:/path), or datasets of the suite; default: all")
   flags.DEFINE_string("data_dir", None, "TFDS data folder")
   flags.DEFINE_string("fit_split", "train", "training split of the sources in --data")
   flags.DEFINE_string("test_split", "test", "test split of the sources in --data")
@@ -114,7 +117,7 @@ def run_and_write(
       Image.fromarray(render(figure)).save(output / f"{name}.png")
   done = sum(bool(outcome.scores) for outcome in outcomes)
   logging.info("%d of %d evaluations done: %s", done, len(outcomes), output / RESULTS_FILE)
-  return 0 if done else EXIT_NOTHING_FOUND
+  return 0 if done else 1
 
 
 def results(outcomes: Sequence[Outcome]) -> dict[str, Any]:

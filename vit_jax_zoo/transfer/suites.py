@@ -142,10 +142,10 @@ class Prepare(Transform):
 
 
 class Extractor:
-  """Applies a model to datasets, on all local devices."""
+  """Applies a model to datasets, on all local devices; ValueError without the needed output."""
 
   def __init__(self, trained: Trained, *, batch_size: int = 128, **reading: Any) -> None:
-    """Puts the model on all devices, of whose number `batch_size` is rounded up to a multiple."""
+    """Copies the model to all devices; rounds `batch_size` up to a multiple of their number."""
     if batch_size < 1:
       raise ValueError(f"batch_size: {batch_size}; expected an integer, at least 1")
     self._trained = trained
@@ -157,13 +157,14 @@ class Extractor:
     self._features_step = compile_predict_step(trained.task.features, self._whole, self._mesh)
 
   def features(self, source: Source, *, to_score: bool = False) -> Labelled:
-    """Returns features by kind, `to_score` of all views [b v d], and labels; else ValueError."""
+    """Returns features by kind, [b d], or with `to_score` of all views, [b v d], and labels."""
     task = self._trained.task
     if type(task).features is Task.features:
       raise ValueError(f"{self._trained.source}: no features; its task is {type(task).__name__}")
     batches, views = self._batches(source), task.feature_views if to_score else 1
-    given = (self._variables, batches, self._mesh, source.info.name, views)
-    return collect_features(self._features_step, *given)
+    return collect_features(
+      self._features_step, self._variables, batches, self._mesh, name=source.info.name, views=views
+    )
 
   def rankings(
     self, source: Source, keep: int | None = None
