@@ -7,8 +7,8 @@ import json
 import pathlib
 
 from tests.conftest import GOLDENS
-from vit_jax_zoo.registry import list_models, model_classes
-from vit_jax_zoo.weights.hub import entries, paper_scores
+from vit_jax_zoo.registry import list_models, load_from_each, model_classes
+from vit_jax_zoo.weights.hub import entries
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "MODELS.md"
 
@@ -40,6 +40,11 @@ def counts():
 def family_order(name):
   """Sort key: the family in the registry's order, then the name."""
   return next(i for i, family in enumerate(model_classes()) if name.startswith(family)), name
+
+
+def paper_scores():
+  """Reported score and its source by model name."""
+  return {name: row for table in load_from_each("paper_scores") for name, row in table.items()}
 
 
 def page():

@@ -151,7 +151,7 @@ class CocoFiles:
 def box_annotation(
   category: Mapping[str, Any], box_xyxy: Sequence[float], score: float, **more: Any
 ) -> dict[str, Any]:
-  """Returns a COCO annotation, without ids, of a `category_id` (and `name`); `more`: other keys."""
+  """Returns a COCO annotation without ids; `category` has `category_id` and maybe `name`."""
   left, top, right, bottom = (float(side) for side in box_xyxy)
   box = [left, top, right - left, bottom - top]
   return {**category, "bbox": box, "score": score, "area": box[2] * box[3], **more}

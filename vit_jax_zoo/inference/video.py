@@ -22,7 +22,7 @@ def is_video(source: str) -> bool:
 
 
 def open_video(source: str) -> tuple[Iterator[Image], float, int | None]:
-  """Returns RGB frames, their rate per second, and number if known; ValueError for no video."""
+  """Returns RGB frames, frames per second, and the number of frames if known; else ValueError."""
   capture = cv2.VideoCapture(int(source) if source.isdecimal() else source)
   if not capture.isOpened():
     raise ValueError(f"--images={source}: OpenCV cannot open it; expected a video or a camera")

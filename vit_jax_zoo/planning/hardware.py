@@ -79,7 +79,10 @@ class Machine:
 
 
 def find_machine(platform: str, topology: str | None = None) -> Machine:
-  """Returns the devices of one of `PLATFORMS`; "tpu" needs libtpu and a `topology`, but no TPU."""
+  """Returns the devices of one of `PLATFORMS`; "tpu" needs libtpu and a `topology`, but no TPU.
+
+  ValueError for an unknown one, ImportError without libtpu, RuntimeError without such a device.
+  """
   check_names("platform", [platform], PLATFORMS)
   if platform != "cuda" and not getattr(jax.config, "jax_platforms", None):
     jax.config.update("jax_platforms", "cpu")  # only shapes: no other backend is needed

@@ -150,7 +150,10 @@ def make_plan(
     accumulation_steps=parts.config.accumulation_steps,
     num_steps=parts.num_steps,
     num_examples=len(parts.train_source),
-    batch_shapes=[(fraction, _image_shape(batch)) for fraction, batch in kinds],
+    batch_shapes=[
+      (fraction, batch.get("image", max(batch.values(), key=np.size)).shape[1:])
+      for fraction, batch in kinds
+    ],
     fits=False,
     memory=memory,
     flops=flops,
@@ -307,11 +310,6 @@ def _size(batch: Mapping[str, np.ndarray]) -> int:
   return max(value.size for value in batch.values())
 
 
-def _image_shape(batch: Mapping[str, np.ndarray]) -> tuple[int, ...]:
-  largest = batch["image"] if "image" in batch else max(batch.values(), key=np.size)
-  return tuple(map(int, largest.shape[1:]))
-
-
 def search(config: ConfigDict, machine: Machine, *, name: str) -> Iterator[Plan]:
   """Yields plans as they are made: for each mesh the first, fastest remat policy that fits.
 
@@ -371,14 +369,11 @@ def report(plan: Plan) -> str:
   else:
     fits = f"{'yes' if plan.fits else 'NO'}: {gib(memory.peak)} of {gib(memory.limit)}"
   several = " (the largest is compiled)" if len(shapes) > 1 else ""
+  batch = f"{plan.batch_size} of {', '.join(shapes)}{several}"
   rows = [
     ("config", " ".join((plan.config, *plan.overrides))),
     ("machine", f"{plan.machine}: {plan.num_devices} x {plan.device_kind}, mesh {mesh(plan)}"),
-    (
-      "batch",
-      f"{plan.batch_size} of {', '.join(shapes)}{several}, {plan.accumulation_steps} "
-      "micro-batch(es)",
-    ),
+    ("batch", f"{batch}, {plan.accumulation_steps} micro-batch(es)"),
     ("remat", plan.remat or "-"),
     ("fits", fits),
     ("  parameters", gib(memory.params)),

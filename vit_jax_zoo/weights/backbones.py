@@ -1,14 +1,11 @@
-"""Published backbones of detectors and segmenters: ResNets of all formats, and other systems' own.
+"""Published backbones of detectors and segmenters.
 
-    torchvision, timm    conv1.weight, layer1.0.conv1.weight, ...       a ResNet
-    Hugging Face         embedder.embedder.convolution.weight, ...      a ResNet
-    resnet50_caffe.pth   torchvision's names for Caffe's weights
-
-and those that the systems recognise (`System.backbone_readers`). First kernels of Caffe's networks,
-of BGR images, are reversed to RGB; with torchvision's names they are recognised by "caffe" in the
-file's name only. Their blocks have the stride in the first convolution, which no file states: set
-the backbone's `stride_in_1x1`. Classifier heads and PyTorch's batch counters are ignored. Norms fit
-the trained `BatchNorm` and the frozen one, all of whose arrays are statistics.
+ResNets with the keys of torchvision and timm, or of Hugging Face, and those that systems recognise
+(`System.backbone_readers`). Files with "caffe" in their name, as resnet50_caffe.pth, have Caffe's
+weights, of BGR images, under torchvision's keys: their first kernel is reversed to RGB. Their
+blocks have the stride in the first convolution, which no file states: set the backbone's
+`stride_in_1x1`. Classifier heads and PyTorch's batch counters are ignored. Norms fit the trained
+`BatchNorm` and the frozen one, all of whose arrays are statistics.
 """
 
 import dataclasses

@@ -80,7 +80,7 @@ class Checkpoint:
   def choose_size(
     self, model: Any, requested: Size | None, trained: Size | None
   ) -> tuple[Size, "Checkpoint"]:
-    """Returns the image size to make variables for, from the user's, and `self` with its own."""
+    """Returns the size of the model's images, and the checkpoint with its training size."""
     del model
     size = requested or trained or self.image_size or self.preprocess.image_size
     return size, self.replace(image_size=trained or self.image_size)
@@ -122,7 +122,7 @@ class Pretrained:
   """
 
   model: nn.Module  # `model.apply(variables, images)`
-  variables: dict[str, Any]  # `{"params": ..., ...}`, numpy arrays
+  variables: dict[str, Any]  # numpy arrays: `{"params": ..., ...}`; of an export, by path
   preprocess: Preprocess
   config: dict[str, Any]  # the model's fields, and "image_size"
   task: str = "classification"  # trained for, a key of `tasks.tasks()`; "" for a part of a network

@@ -45,7 +45,8 @@ def fit_to_model(
     variables: initial variables of the model to train.
     name: of the source, for the ValueError about missing, unused, misshapen or non-finite arrays.
     source_grid: of the source's position table: 36 rows may be 6 x 6 or 4 x 9.
-    grid: of the model's; without either, tables to be resized are assumed to be square.
+    grid: of the model's. Without either, tables of equal length are copied, and those to be
+      resized are assumed to be square.
     optional: sub-trees, such as "params/discriminator", that one of the two may lack: the model's
       keeps its value, the source's is ignored.
   """
@@ -206,6 +207,7 @@ def _part_of(network: Mapping[str, Any], part: str, shapes: Mapping[str, tuple[i
   own: dict[str, Any] = {}
   for tree in trees:
     own |= traverse_util.flatten_dict(tree, sep="/")
+  # Scale and bias are parameters of a trained norm, and statistics of a frozen one.
   rows = [Row(path.removeprefix(STATISTICS), path) for path in shapes]
   ignore = (r"head/.*",) if is_whole else ()
   return key_map.read(own, rows, shapes, source=f"the run in {part}_file", ignore=ignore)

@@ -55,11 +55,6 @@ def entries() -> Mapping[str, Entry]:
   return {name: entry for table in load_from_each("published") for name, entry in table.items()}
 
 
-def paper_scores() -> Mapping[str, tuple[str, str]]:
-  """Returns the best reported score of each architecture, and its source, by model name."""
-  return {name: row for table in load_from_each("paper_scores") for name, row in table.items()}
-
-
 def resolve(name: str) -> str:
   """Returns the local or `gs://` path of a checkpoint; downloads it if necessary.
 

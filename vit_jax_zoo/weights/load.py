@@ -36,7 +36,7 @@ def formats() -> dict[Format, Any]:
 
 
 def read_checkpoint(path: str) -> Checkpoint:
-  """Reads a published file or folder of any registered format; else WeightsError, ImportError."""
+  """Reads a published file or folder of any registered format, or raises WeightsError."""
   published = read_published(path)
   found = next((item for item in formats().items() if item[1].is_of(published.arrays)), None)
   if found is None:
@@ -91,9 +91,10 @@ def load_pretrained(
   checkpoint = read_checkpoint(hub.resolve(path))
   kind = model_classes()[checkpoint.family]
   check_fields(kind.__name__, kind, overrides)
-  check_fields(f"{checkpoint.source}: wrong type in config.json", kind, checkpoint.fields)
+  check_fields(f"{checkpoint.source}: wrong type", kind, checkpoint.fields)
   model = kind(**{**checkpoint.fields, **overrides})
-  requested, trained = _height_width(image_size), _height_width(source_image_size)
+  sizes = (image_size, source_image_size)
+  requested, trained = ((size, size) if isinstance(size, int) else size for size in sizes)
   size, checkpoint = checkpoint.choose_size(model, requested, trained)
   fields = {**checkpoint.fields, **overrides}  # some fields depend on the image size
   model = kind(**fields)
@@ -212,7 +213,3 @@ def unflatten_variables(flat: Mapping[str, Any], like: Mapping[str, Any]) -> dic
 
 def _fresh(leaf: Any) -> Any:
   return np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
-
-
-def _height_width(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-  return (size, size) if isinstance(size, int) else size

@@ -112,7 +112,8 @@ def read_json(file: epath.Path) -> dict[str, Any]:
   if not file.exists() or pathlib.Path(file).is_fifo():
     return {}
   try:
-    found = json.loads(file.read_bytes())  # with a byte order mark or without
+    # With a byte order mark or without; NaN and Infinity are not JSON: int refuses them.
+    found = json.loads(file.read_bytes(), parse_constant=int)
   except (ValueError, RecursionError) as error:
     raise WeightsError(f"{file}: {error}; expected JSON") from None
   if not isinstance(found, dict):
