@@ -35,6 +35,12 @@ def test_missing_dataset_like_common_dataset():
   assert len(source) == 5_000
 
 
+def test_missing_dataset_of_unlisted_kind_raises(monkeypatch):
+  monkeypatch.delitem(stand_in._COMMON, "coco")
+  with pytest.raises(FileNotFoundError, match=r"^coco:/nowhere"):
+    stand_in.load("coco:/nowhere", "train")
+
+
 def test_existing_dataset_opened(tmp_path):
   for name in ("cat", "dog", "owl"):
     (tmp_path / "train" / name).mkdir(parents=True)

@@ -101,6 +101,7 @@ def test_preprocessing_is_read_from_config(tmp_path):
     ("image_size", "32", "image_size"),
     ("image_size", 10**6, "image_size"),
     ("layer_norm_eps", "1e-6", "layer_norm_epsilon"),
+    ("layer_norm_eps", float("nan"), "'NaN'; expected"),
     ("hidden_act", ["gelu"], "hidden_act"),
   ],
 )
