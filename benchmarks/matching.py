@@ -26,7 +26,8 @@ import timing
 from scipy.optimize import linear_sum_assignment
 
 from vit_jax_zoo.registry import create_model
-from vit_jax_zoo.systems.detr.losses import match, matching_cost
+from vit_jax_zoo.systems.detr.losses import matching_cost
+from vit_jax_zoo.systems.detr.matching import match
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
 

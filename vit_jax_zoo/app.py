@@ -28,7 +28,6 @@ from vit_jax_zoo.inference import base
 from vit_jax_zoo.inference.load import load
 
 FLAGS = flags.FLAGS
-_EXAMPLES = 4  # test images of a run's dataset
 
 
 def define_flags() -> None:
@@ -86,7 +85,7 @@ class Model:
       source = load_source(section["source"], section["split"])
     except (KeyError, ValueError, OSError):  # a published model, or its data are elsewhere
       return []
-    chosen = np.linspace(0, len(source) - 1, min(_EXAMPLES, len(source))).round().astype(int)
+    chosen = np.linspace(0, len(source) - 1, min(4, len(source))).round().astype(int)
     return [self._kind.example_input(source[int(index)]) for index in chosen]
 
 

@@ -37,8 +37,6 @@ from vit_jax_zoo.training import disk
 
 FLAGS = flags.FLAGS
 
-EXIT_SOME_FAILED = 1
-
 _MAX_BYTES = 200  # of a picture's name without suffixes: file names have at most 255
 RESULTS, RECORDS = ("predictions.json", "predictions.csv"), "predictions.jsonl"
 COLUMNS = ("image", "frame", "label", "score", "left", "top", "right", "bottom", "error")
@@ -227,7 +225,7 @@ class Records(contextlib.ExitStack):
       unfinished.replace(self._result)
     done = self._count - self._failed
     logging.info("%d of %d %s done: %s", done, self._count, unit, self._output)
-    return EXIT_SOME_FAILED if self._failed else 0
+    return 1 if self._failed else 0
 
 
 class PictureFiles:

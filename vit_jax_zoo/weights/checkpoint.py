@@ -146,12 +146,11 @@ class Pretrained:
     return {name: getattr(self.model, name) for name in field_names(self.model)}
 
 
-Place: TypeAlias = tuple[str, int, int]
-"""Location of a size: regular expression of keys, their number of axes, axis."""
+def side(arrays: Mapping[str, np.ndarray], *places: tuple[str, int, int]) -> int | None:
+  """Returns a size from the first matching array; None if there is none.
 
-
-def side(arrays: Mapping[str, np.ndarray], *places: Place) -> int | None:
-  """Returns a size from the first matching array; None if there is none."""
+  A place is a regular expression of keys, their number of axes, and the axis.
+  """
   for pattern, rank, axis in places:
     for key, array in arrays.items():
       if array.ndim == rank and re.fullmatch(pattern, key):

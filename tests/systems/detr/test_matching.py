@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from vit_jax_zoo.systems.detr.losses import match, matching_cost
+from vit_jax_zoo.systems.detr.losses import matching_cost
+from vit_jax_zoo.systems.detr.matching import match
 
 solve = jax.jit(match)
 

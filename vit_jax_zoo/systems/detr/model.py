@@ -119,7 +119,9 @@ class Detr(nn.Module):
       return class_head(x), nn.sigmoid(box_head(x))
 
     features = self._backbone(jnp.where(mask[..., None], images, 0), mask, train=train)
-    projected = self._projection(features["c5"])
+    init["bias_init"] = pytorch_uniform(features["c5"].shape[-1])
+    project = nn.Conv(self.width, (1, 1), **init, dtype=self.dtype, name="input_projection")
+    projected = project(features["c5"])
     keep = self._feature_mask(mask, projected)
     memory, decoded = transformer(projected, self._positions(keep), keep, queries, train=train)
     logits, boxes = predict(decoded)
@@ -149,10 +151,6 @@ class Detr(nn.Module):
       return ResNet(**fields)(images, train=train)
     reduced = [mask[:, ::stride, ::stride] for stride in (2, 4, 8, 16, 32)]
     return _MaskedResNet(**fields, keep={m.shape[1:]: m for m in reduced})(images, train=train)
-
-  def _projection(self, x: Float[Array, "b h w c"]) -> Map:
-    init = {"kernel_init": pytorch_uniform(), "bias_init": pytorch_uniform(x.shape[-1])}
-    return nn.Conv(self.width, (1, 1), **init, dtype=self.dtype, name="input_projection")(x)
 
   def _feature_mask(self, mask: Keep, features: Array) -> Bool[Array, "b i j"]:
     if self.masked_backbone:

@@ -19,7 +19,7 @@ from vit_jax_zoo.ops.checks import check_fractions, check_not_negative, check_po
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.systems.detr import losses, panoptic
 from vit_jax_zoo.systems.detr.figures import draw_query_attention, draw_segments
-from vit_jax_zoo.systems.detr.losses import Matching, match
+from vit_jax_zoo.systems.detr.matching import Matching, match
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.base import image_size, is_target, pixel_mask
 

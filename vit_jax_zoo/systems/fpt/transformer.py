@@ -231,9 +231,8 @@ class FeaturePyramidTransformer(nn.Module):
   def __call__(self, pyramid: Pyramid, *, train: bool = False) -> tuple[Array, ...]:
     """Returns one map of `width` channels per level, of the level's size, from fine to coarse.
 
-    The sides of neighbours are equal, or one is a power of two times the other, rounded up, as
-    strided convolutions produce them. In training norms use batch statistics (and update
-    "batch_stats", which must be mutable); dropout and DropBlock use the "dropout" stream.
+    Sides of neighbours are equal, or one is a power of two times the other, rounded up. For `train`
+    see `ResNet`; dropout and DropBlock use the "dropout" stream.
     """
     self._check(pyramid)
     levels = [shard_batch(x.astype(self.dtype)) for x in pyramid]
@@ -365,8 +364,8 @@ class PyramidSegmenter(nn.Module):
     """Segments images, normalized with ImageNet's mean and standard deviation.
 
     Returns `logits` float32 [b i j num_classes], of the size of the backbone's last map; in
-    training with an auxiliary head also `auxiliary_logits`. In training norms use batch statistics
-    (and update "batch_stats", which must be mutable), and dropout the "dropout" stream.
+    training with an auxiliary head also `auxiliary_logits`. For `train` see `ResNet`; dropout
+    uses the "dropout" stream.
     """
     check_names("neck", [self.neck], ("fpt", "ufp"))
     check_positive(self, "num_classes", "width", "kernel_sizes")

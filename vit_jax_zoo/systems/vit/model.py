@@ -62,8 +62,7 @@ class VisionTransformer(nn.Module):
   ) -> dict[str, Array]:
     """Classifies normalised images (in [-1, 1] for Google's weights).
 
-    Sides are multiples of the token stride. `train` enables dropout and stochastic depth, which
-    draw from the "dropout" stream.
+    Sides are multiples of the token stride. Dropout and stochastic depth use the "dropout" stream.
 
     Returns `features` float32 [b d], the input of the head; `tokens` [b n width], the encoder's
     output, class token first; `logits` float32 [b num_classes], unless `num_classes` is None. Sows
