@@ -32,17 +32,15 @@ def keep(parts: tuple[str, ...]) -> Callable[[], None]:
   def patch() -> None:
     from vit_jax_zoo.systems.fpt.transformer import FeaturePyramidTransformer
 
-    original = FeaturePyramidTransformer._transform
-    kept = {KINDS[part] for part in parts}
-
-    def transform(self: Any, name: str, x: Any, *others: Any, train: bool) -> Any:
-      if name.partition("_")[0] in kept:
-        return original(self, name, x, *others, train=train)
-      return x[..., :0]  # no channels in the concatenation
-
-    FeaturePyramidTransformer._transform = transform
+    for part in set(KINDS) - set(parts):  # no channels in the concatenation
+      setattr(FeaturePyramidTransformer, f"_{KINDS[part]}", _nothing)
 
   return patch
+
+
+def _nothing(_: Any, __: str, x: Any, *others: Any, train: bool) -> Any:
+  del others, train
+  return x[..., :0]
 
 
 def by_size(config: ConfigDict, variables: Any) -> Scores:

@@ -141,7 +141,8 @@ def test_pyramid_transformers_left_out(monkeypatch):
   from vit_jax_zoo.systems.fpt.transformer import FeaturePyramidTransformer as Pyramid
 
   fpt = common.load_claim("fpt")
-  monkeypatch.setattr(Pyramid, "_transform", Pyramid._transform)  # restored at the end
+  for kind in fpt.KINDS.values():
+    monkeypatch.setattr(Pyramid, f"_{kind}", getattr(Pyramid, f"_{kind}"))  # restored at the end
   fpt.keep(("ST",))()
   maps = [jnp.zeros((1, side, side, 8)) for side in (8, 4)]
   shapes = jax.eval_shape(Pyramid(width=8).init, jax.random.key(0), maps)["params"]
