@@ -54,7 +54,7 @@ class FeatureProbe(abc.ABC):
   title: ClassVar[str]
   majority_vote: ClassVar[bool] = False  # over several views of a test image; else the first one
 
-  # Also evaluate so many layers around the selected one, as "concatenated"; odd, or 0 (iGPT-XL: 5).
+  # Number of layers around the selected one, evaluated as "concatenated": odd, or 0 (iGPT-XL: 5)
   concatenate: int = 0
 
   def __post_init__(self) -> None:

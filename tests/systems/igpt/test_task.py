@@ -375,6 +375,7 @@ def test_completions_figure_has_prefix_completions_and_original(monkeypatch):
   (ax,) = figure.axes
   # A pixel is drawn as 6 x 6; pictures are separated by one column or row.
   drawn = np.pad(np.asarray(ax.images[0].get_array()), ((0, 1), (0, 1), (0, 0)))
+  # Of 255; the figure has float32 in [0, 1].
   tiles = 255 * drawn.reshape(2, 25, 4, 25, 3).swapaxes(1, 2)[:, :, 3:24:6, 3:24:6]
   np.testing.assert_allclose(tiles[:, 1:3], completions[:2], atol=1e-3)
   np.testing.assert_allclose(tiles[:, 3], images[:2], atol=1e-3)

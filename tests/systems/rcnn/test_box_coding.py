@@ -35,7 +35,7 @@ def test_box_coding_equals_official_code(load_golden):
   np.testing.assert_allclose(encoded, outputs["bbox_transform_inv_w10"], rtol=1e-5, atol=1e-5)
   for boxes, name in zip(decoded, ("w10", "w1"), strict=True):
     expected = outputs[f"bbox_transform_{name}"].reshape(-1, 2, 4)
-    np.testing.assert_allclose(boxes, expected, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(boxes, expected, rtol=1e-5, atol=1e-3)  # pixels
   np.testing.assert_allclose(overlap, outputs["overlaps"], atol=1e-6)
 
 
@@ -44,7 +44,7 @@ def test_clipping_equals_official_code(load_golden):
   boxes = exclusive(jnp.asarray(outputs["bbox_transform_w1"].reshape(-1, 4)))
   clipped = coding.clip_boxes(boxes, jnp.asarray([150, 200]), min_size=1)
   expected = outputs["clip_tiled"].reshape(-1, 4)
-  np.testing.assert_allclose(inclusive(clipped), expected, atol=1e-3)
+  np.testing.assert_allclose(inclusive(clipped), expected, atol=1e-3)  # pixels
 
 
 def random_boxes(rng, count):
