@@ -114,6 +114,66 @@ def test_memory_bytes_of_slices_and_on_chip_copies():
   assert found.memory_bytes == reduced + gathered + scattered + slices + near + started
 
 
+NESTED = """HloModule nested, replica_count=1
+
+%cut (stack: f32[24,100], index: s32[]) -> f32[100] {
+  %stack = f32[24,100] parameter(0)
+  %index = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %row = f32[1,100] dynamic-slice(%stack, %index, %zero), dynamic_slice_sizes={1,100}
+  ROOT %flat = f32[100] bitcast(%row)
+}
+
+%put (stack: f32[24,100], row: f32[1,100], index: s32[]) -> f32[24,100] {
+  %stack = f32[24,100] parameter(0)
+  %row = f32[1,100] parameter(1)
+  %index = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %updated = f32[24,100] dynamic-update-slice(%stack, %row, %index, %zero)
+}
+
+%whole (stack: f32[2400]) -> f32[2400] {
+  %stack = f32[2400] parameter(0)
+  ROOT %negated = f32[2400] negate(%stack)
+}
+
+%reads (stack: f32[2400], index: s32[]) -> f32[100] {
+  %stack = f32[2400] parameter(0)
+  %index = s32[] parameter(1)
+  %rows = f32[24,100] bitcast(%stack)
+  ROOT %row = f32[100] fusion(%rows, %index), kind=kLoop, calls=%cut
+}
+
+%writes (stack: f32[24,100], row: f32[1,100], index: s32[]) -> f32[24,100] {
+  %stack = f32[24,100] parameter(0)
+  %row = f32[1,100] parameter(1)
+  %index = s32[] parameter(2)
+  ROOT %updated = f32[24,100] fusion(%stack, %row, %index), kind=kLoop, calls=%put
+}
+
+%negates (stack: f32[2400]) -> f32[2400] {
+  %stack = f32[2400] parameter(0)
+  ROOT %negated = f32[2400] fusion(%stack), kind=kLoop, calls=%whole
+}
+
+ENTRY %main (a: f32[2400], b: f32[24,100], c: f32[1,100], index: s32[]) -> f32[2400] {
+  %a = f32[2400] parameter(0)
+  %b = f32[24,100] parameter(1)
+  %c = f32[1,100] parameter(2)
+  %index = s32[] parameter(3)
+  %row = f32[100] fusion(%a, %index), kind=kOutput, calls=%reads
+  %back = f32[24,100] fusion(%b, %c, %index), kind=kOutput, calls=%writes
+  ROOT %negated = f32[2400] fusion(%a), kind=kOutput, calls=%negates
+}
+"""
+
+
+def test_slices_in_nested_fusions_count_as_slices():
+  row, index, whole = 400, 4, 9600
+  reads, writes, negates = row + index + row, row + index + row, 2 * whole
+  assert hlo.traffic(NESTED).memory_bytes == reads + writes + negates
+
+
 @pytest.mark.parametrize(
   ("attributes", "size"),
   [

@@ -5,7 +5,7 @@ executed: a scan's body once per step; of a conditional, the branch with the mos
 
 * An instruction reads its operands and writes its result; a fusion and a Pallas kernel are one
   instruction each, though a kernel may read an operand again for each of its blocks.
-* Slices, and updates in place, count as the slice, as do prefetches of a slice to on-chip memory.
+* Slices, and updates in place, count as the slice, also within nested fusions and as prefetches.
 * Arrays outside main memory (`S(1)` is a TPU's on-chip memory) do not count.
 """
 
@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import math
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 _SENT: Mapping[str, Callable[[int], float]] = {
@@ -203,16 +202,12 @@ def _trip_count(module: Module, loop: Instruction) -> int | None:
     return int(noted[1])
   condition = re.search(r"condition=%?([\w.-]+)", loop.rest)
   lines = module.computations.get(condition[1], ()) if condition else ()
-  by_name = {i.name: i for i in lines}
-  root = next((i for i in lines if i.is_root), None)
-  if root is None:
-    return None
+  roots = [i for i in lines if i.is_root]
   # The comparison is an instruction of its own, or within a fusion.
-  compared = [root, *(i for name in root.called for i in module.computations.get(name, ()))]
-  if not any(i.opcode == "compare" and "direction=LT" in i.rest for i in compared):
+  fused = [i for root in roots for name in root.called for i in module.computations.get(name, ())]
+  if not any(i.opcode == "compare" and "direction=LT" in i.rest for i in roots + fused):
     return None
-  operands = [by_name[name] for name in root.operands if name in by_name]
-  constants = [i for i in operands if i.opcode == "constant"]
+  constants = [i for i in lines if i.opcode == "constant" and i.name in roots[0].operands]
   return int(constants[0].operands[0]) if len(constants) == 1 else None
 
 
@@ -240,12 +235,11 @@ def _moved(module: Module, instruction: Instruction, shapes: Mapping[str, Instru
     return sum(_moved_by_fusion(module, instruction, shapes))
   written = shape_bytes(instruction.shape, main_memory=True)
   if opcode in _SLICES:
-    in_main_memory = _read(instruction.operands[0], shapes) > 0
-    return written + (shape_bytes(instruction.shape) if in_main_memory else 0.0)
+    read = shape_bytes(instruction.shape) if _read(instruction.operands[0], shapes) else 0.0
+    return written + read
   if opcode == "dynamic-update-slice":
-    update = instruction.operands[1]
-    in_main_memory = written > 0 and update in shapes
-    return _read(update, shapes) + (shape_bytes(shapes[update].shape) if in_main_memory else 0.0)
+    update = shapes[instruction.operands[1]].shape
+    return shape_bytes(update, main_memory=True) + (shape_bytes(update) if written else 0.0)
   if opcode in _WHOLE:
     return written
   return written + sum(_read(o, shapes) for o in instruction.operands)
@@ -259,35 +253,41 @@ def _moved_by_fusion(
   module: Module, fusion: Instruction, shapes: Mapping[str, Instruction]
 ) -> Iterator[float]:
   """Yields the bytes that a fusion reads of each operand, and the bytes that it writes."""
-  lines = module.computations.get(fusion.called[0], ()) if fusion.called else ()
-  by_name = {i.name: i for i in lines}
-  users: dict[str, list[Instruction]] = defaultdict(list)
-  for line in lines:
-    for operand in line.operands:
-      users[operand].append(line)
-  parameters = {int(i.operands[0]): i.name for i in lines if i.opcode == "parameter"}
   for position, operand in enumerate(fusion.operands):
     whole = _read(operand, shapes)
-    parts = [_part(user, parameters.get(position)) for user in users[parameters[position]]]
-    yield whole if None in parts or whole == 0 else min(whole, sum(filter(None, parts)))
+    yield min(whole, _read_within(module, fusion, position)) if whole else 0.0
   written = shape_bytes(fusion.shape, main_memory=True)
-  in_place = [
-    (shape_bytes(i.shape), shape_bytes(by_name[i.operands[1]].shape))
-    for i in _roots(lines, by_name)
-    if i.opcode == "dynamic-update-slice" and i.operands[1] in by_name
-  ]
-  yield max(0.0, written - sum(whole - part for whole, part in in_place)) if written else 0.0
+  yield max(0.0, written - sum(_not_written(module, fusion)))
 
 
-def _part(user: Instruction, name: str | None) -> float | None:
-  """Returns the bytes that an instruction reads of an operand; None: all of it."""
-  if user.opcode not in (*_SLICES, "dynamic-update-slice") or user.operands[0] != name:
-    return None
-  return shape_bytes(user.shape) if user.opcode in _SLICES else 0.0
+def _read_within(module: Module, fusion: Instruction, position: int) -> float:
+  """Returns the bytes that a fusion, and those nested in it, read of an operand; inf: all of it."""
+  lines = module.computations.get(fusion.called[0], ()) if fusion.called else ()
+  names = {i.name for i in lines if i.opcode == "parameter" and i.operands[0] == str(position)}
+  total = 0.0 if names else math.inf
+  for line in lines:
+    for index in (i for i, operand in enumerate(line.operands) if operand in names):
+      if line.opcode == "bitcast" and not line.is_root:
+        names.add(line.name)
+      elif line.opcode == "fusion":
+        total += _read_within(module, line, index)
+      elif index == 0 and line.opcode in _SLICES:
+        total += shape_bytes(line.shape)
+      elif index or line.opcode != "dynamic-update-slice":
+        total = math.inf
+  return total
 
 
-def _roots(lines: Sequence[Instruction], by_name: Mapping[str, Instruction]) -> list[Instruction]:
+def _not_written(module: Module, fusion: Instruction) -> Iterator[float]:
+  """Yields the bytes outside the slice for each of a fusion's results that is updated in place."""
+  lines = module.computations.get(fusion.called[0], ()) if fusion.called else ()
+  by_name = {i.name: i for i in lines}
   roots = [i for i in lines if i.is_root]
   if roots and roots[0].opcode == "tuple":
     roots = [by_name[o] for o in roots[0].operands if o in by_name]
-  return [by_name[i.operands[0]] if i.opcode in ("bitcast", "copy") else i for i in roots]
+  for root in roots:
+    root = by_name[root.operands[0]] if root.opcode in ("bitcast", "copy") else root
+    if root.opcode == "fusion":
+      yield from _not_written(module, root)
+    elif root.opcode == "dynamic-update-slice" and root.operands[1] in by_name:
+      yield shape_bytes(root.shape) - shape_bytes(by_name[root.operands[1]].shape)
