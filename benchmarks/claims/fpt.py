@@ -3,7 +3,6 @@
 python -m benchmarks.claims.fpt
 """
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from benchmarks.claims import common
 from benchmarks.claims.common import Part, Scores, Setting, table_of
 
 KINDS = {"ST": "self", "GT": "ground", "RT": "render"}
+STEPS = 600
 _LOAD, _PAD = {"name": "load_objects"}, {"name": "pad_objects", "num": 6}
 FIELDS = {
   "data.train.source": "demo:shapes",
@@ -59,14 +59,13 @@ def _enlarge(batch: dict[str, Any], found: dict[str, Any] | None) -> dict[str, A
 
 
 SETTINGS = {
-  neck: Setting(f"fpt:demo,neck={neck},num_steps=1000", FIELDS, SCORES, measure=by_size)
+  neck: Setting(f"fpt:demo,neck={neck},num_steps={STEPS}", FIELDS, SCORES, measure=by_size)
   for neck in ("bfp", "fpn")
 } | {
   " + ".join(parts): Setting(
-    "fpt:demo,num_steps=1000", FIELDS, SCORES, patch=keep(parts), measure=by_size
+    f"fpt:demo,num_steps={STEPS}", FIELDS, SCORES, patch=keep(parts), measure=by_size
   )
-  for count in (1, 2, 3)
-  for parts in itertools.combinations(KINDS, count)
+  for parts in (("ST",), ("GT",), ("RT",), tuple(KINDS))
 }
 ALL = " + ".join(KINDS)
 

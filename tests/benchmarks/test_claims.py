@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from benchmarks.claims import common
+from vit_jax_zoo.data.sources import demo, tfds
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -80,6 +81,18 @@ def test_only_missing_runs_executed_and_saved(tmp_path, monkeypatch, capsys):
   assert "* All parts have a higher PSNR than without integration: not yet run." in page
   assert (tmp_path / "docs/evidence/claims_ttsr.png").stat().st_size > 5_000
   assert "**Seen here**: not yet run." in (tmp_path / "docs/evidence/claims.md").read_text()
+
+
+def test_scenes_drawn_once_with_images_and_labels(tmp_path):
+  prepare = common.labelled_shapes(5)
+  location = prepare(tmp_path, False)["data.train.source"].removeprefix("tfds:")
+  source = tfds.open_splits(location)["train"]()
+  assert {"image", "label"} <= set(source[0])
+  found = sorted(source[i]["label"] for i in range(5))
+  assert found == sorted(scene["label"] for scene in demo.shapes("train", 5))
+  (tmp_path / "shapes/1.0.0/mark").touch()
+  prepare(tmp_path, False)
+  assert (tmp_path / "shapes/1.0.0/mark").exists()
 
 
 def test_suppressed_detections_removed():
