@@ -3,7 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax_zoo.nn.attention import MultiHeadAttention, attend, key_padding_mask
+from vit_jax_zoo.nn.attention import (
+  MultiHeadAttention,
+  attend,
+  attend_dropping,
+  key_padding_mask,
+)
+from vit_jax_zoo.training.sharding import create_mesh
 
 
 def normal(seed, *shape):
@@ -77,6 +83,67 @@ def test_fully_masked_row_finite():
   for mutable in (False, ["intermediates"]):
     out = run(module, variables, x, mask=mask, mutable=mutable)
     assert np.isfinite(jax.tree.leaves(out)[0]).all()
+
+
+def test_dropout_by_loop_without_a_rate_equals_attend():
+  projected = [normal(i, 3, 6, 2, 4) for i in range(3)]
+  keep = jnp.asarray([[True] * 6, [True] * 4 + [False] * 2, [True] * 6])
+  mask, rng = key_padding_mask(keep), jax.random.key(4)
+
+  def loop(*x):
+    return attend_dropping(rng, 0.0, mask, *x)
+
+  def plain(*x):
+    return attend(*x, mask=mask)
+
+  np.testing.assert_allclose(jax.jit(loop)(*projected), plain(*projected), atol=1e-6)
+  losses = (lambda *x: jnp.sum(jnp.sin(loop(*x))), lambda *x: jnp.sum(jnp.sin(plain(*x))))
+  for given, expected in zip(*(jax.grad(f, (0, 1, 2))(*projected) for f in losses), strict=True):
+    np.testing.assert_allclose(given, expected, atol=1e-6)
+
+
+def test_dropout_by_loop_drops_and_rescales_elements():
+  query, key = normal(0, 2, 50, 1, 40), normal(1, 2, 40, 1, 40)
+  identity = jnp.broadcast_to(jnp.eye(40)[:, None], (2, 40, 1, 40))  # the output is the map
+  given = attend_dropping(jax.random.key(2), 0.25, None, query, key, identity)
+  weights = attend(query, key, identity)
+  np.testing.assert_allclose(given, np.where(given == 0, 0, weights / 0.75), atol=1e-6)
+  dropped = np.mean(given == 0, axis=(1, 2, 3))  # of 2,000 elements in each example
+  np.testing.assert_allclose(dropped, 0.25, atol=0.05)
+  assert not np.array_equal(given[0] == 0, given[1] == 0)
+
+
+def test_dropout_by_loop_is_the_same_on_a_mesh():
+  projected, keep = [normal(i, 4, 6, 2, 4) for i in range(3)], jnp.ones((4, 6), bool)
+
+  @jax.jit
+  def loop(*x):
+    return attend_dropping(jax.random.key(3), 0.5, key_padding_mask(keep), *x)
+
+  expected = loop(*projected)
+  with jax.set_mesh(create_mesh({"data": 2, "fsdp": 2, "model": 2})):
+    np.testing.assert_allclose(loop(*projected), expected, atol=1e-6)
+
+
+def loops(length, kind, platform):
+  """Returns the number of loops in a training program for a device."""
+  module = MultiHeadAttention(num_heads=2, dropout_rate=0.1)
+  x = jax.ShapeDtypeStruct((2, length, 16), jnp.bfloat16)
+  variables = jax.eval_shape(module.init, jax.random.key(0), x)
+  device = jax.sharding.AbstractDevice(kind, 1, platform)
+  mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+
+  def apply(variables, x):
+    return module.apply(variables, x, train=True, rngs={"dropout": jax.random.key(1)})
+
+  with jax.sharding.use_abstract_mesh(mesh):
+    return str(jax.make_jaxpr(apply)(variables, x)).count("scan[")
+
+
+def test_dropout_by_loop_for_long_sequences_on_tpu():
+  assert loops(400, "TPU v5 lite", "tpu") == 1
+  assert loops(100, "TPU v5 lite", "tpu") == 0
+  assert loops(400, "cpu", "cpu") == 0
 
 
 def test_dropout_only_in_training():

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from vit_jax_zoo.ops.attention import MASKED, attend_fused, attend_on_cpu, is_fused, matrix_product
-from vit_jax_zoo.ops.sharding import is_for_cpu
+from vit_jax_zoo.ops.sharding import is_for_cpu, on_own_examples
 
 Implementation: TypeAlias = Literal["xla", "cudnn"] | None
 """None: `ops.attention` on CPUs, and on TPUs for long sequences; otherwise JAX's default. "xla" and
@@ -59,6 +59,28 @@ def attention_weights(
   return jax.nn.softmax(scores if mask is None else jnp.where(mask, scores, MASKED), axis=-1)
 
 
+def attend_dropping(
+  rng: jax.Array, rate: float, mask: Mask | None, *projected: Float[Array, "b _ h d"]
+) -> Float[Array, "b n h d"]:
+  """Returns `attend` of query, key and value with dropout of the map's elements.
+
+  A loop over images, whose maps fit into a TPU's on-chip memory; the backward pass repeats them.
+  """
+
+  def one_image(inputs: Any) -> Float[Array, "n h d"]:
+    rng, mask, query, key, value = jax.tree.map(lambda x: x[None], inputs)
+    weights = attention_weights(query, key, mask=mask)
+    kept = jax.random.bernoulli(rng[0], 1 - rate, weights.shape)
+    weights = jnp.where(kept, weights / (1 - rate), 0).astype(value.dtype)
+    return jnp.einsum("bhnm,bmhd->bnhd", weights, value)[0]
+
+  loop = functools.partial(jax.lax.map, jax.checkpoint(one_image, prevent_cse=False))
+  keys = jax.random.split(rng, len(projected[0]))
+  mask = jnp.ones((1, 1, 1, 1), bool) if mask is None else mask
+  mask = jnp.broadcast_to(mask, (len(keys), *mask.shape[1:]))
+  return on_own_examples(lambda *inputs: loop(inputs), keys, mask, *projected)
+
+
 def _add_causal(mask: Array | None, query: Array, key: Array) -> Bool[Array, "#b #h n m"]:
   causal = jnp.tri(query.shape[1], key.shape[1], dtype=bool)[None, None]
   return causal if mask is None else mask & causal
@@ -93,8 +115,8 @@ class MultiHeadAttention(nn.Module):
   """Projects to heads, attends, and projects back to the width of the queries.
 
   If the collection `intermediates` is mutable, the attention map is sown as `weights` [b h n m].
-  Then, and with dropout of its elements in training, the map is in main memory. If the collection
-  `cache` is mutable, the projected `key` and `value` are stored in it in the layout of
+  Then, and with its dropout except on long sequences on TPUs, the map is in main memory. If the
+  collection `cache` is mutable, the projected `key` and `value` are stored in it in the layout of
   `heads_first`; a call with `past_length` appends to them.
   """
 
@@ -136,9 +158,13 @@ class MultiHeadAttention(nn.Module):
     value = checkpoint_name(project(heads, name="value")(values), "value")
     cached = self._cache(past_length, key=key, value=value)
     masked: dict[str, Any] = {"mask": mask, "is_causal": is_causal}
+    sows, drops = self.is_mutable_collection("intermediates"), train and self.dropout_rate
     if past_length is not None:
       context = attend_cached(query, **cached, past_length=past_length)
-    elif self.is_mutable_collection("intermediates") or (train and self.dropout_rate):
+    elif drops and not (sows or is_causal) and is_fused(query, query.shape[1], key.shape[1]):
+      rng = self.make_rng("dropout")
+      context = attend_dropping(rng, self.dropout_rate, mask, query, key, value)
+    elif sows or drops:
       weights = attention_weights(query, key, **masked)
       self.sow("intermediates", "weights", weights)
       weights = nn.Dropout(self.dropout_rate)(weights, deterministic=not train)

@@ -66,7 +66,6 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
 * "full": none; the layer runs forward twice, about a third more FLOPs.
 """
 
-
 UNROLLED_DEPTH = 24
 """On CPUs, the loop over at most so many scanned layers is unrolled: XLA would copy the activations
 of each layer to stacked arrays, a quarter of ViT-S/16's training step."""
@@ -127,11 +126,11 @@ class Stack(nn.Module):
 SHARDING_RULES = (
   (r".*/(query|key|value)/kernel", ("fsdp", "model", None)),
   (r".*/(query|key|value)/bias", ("model", None)),
-  (r".*/attention/out/kernel", ("model", None, "fsdp")),
+  (r".*attention/out/kernel", ("model", None, "fsdp")),
   (r".*/mlp/hidden/kernel", ("fsdp", "model")),
   (r".*/mlp/hidden/bias", ("model",)),
   (r".*/mlp/out/kernel", ("model", "fsdp")),
-  (r".*/(bias|scale)", ()),
+  (r".*(bias|scale)", ()),
   (r".*", "fsdp"),
 )
 """Heads and hidden units over `model`, the other side of each matrix over `fsdp`."""

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 _SENT: Mapping[str, Callable[[int], float]] = {
@@ -74,15 +75,14 @@ class Traffic:
   """Traffic of one device in one execution; collectives, by kind, as ring algorithms send them."""
 
   memory_bytes: float = 0.0  # read from and written to main memory
-  collective_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
+  collective_bytes: Counter[str] = dataclasses.field(default_factory=Counter)
   loops_of_unknown_length: int = 0  # counted as one iteration
 
   def add(self, other: "Traffic") -> None:
     """Adds other traffic in place."""
     self.memory_bytes += other.memory_bytes
     self.loops_of_unknown_length += other.loops_of_unknown_length
-    for kind, sent in other.collective_bytes.items():
-      self.collective_bytes[kind] = self.collective_bytes.get(kind, 0.0) + sent
+    self.collective_bytes.update(other.collective_bytes)  # a Counter adds
 
 
 def traffic(text: str) -> Traffic:
@@ -100,8 +100,7 @@ def parse(text: str) -> Module:
     if current and bare.count("{") > bare.count("}"):  # a kernel's metadata spans several lines
       current[-1] += line
     elif current is None and line.endswith("{") and "->" in line:
-      name = _NAME.match(line.removeprefix("ENTRY ").strip())
-      if name is not None:
+      if name := _NAME.match(line.removeprefix("ENTRY ").strip()):
         current = lines_of[name[1]] = []
         entry = name[1] if line.startswith("ENTRY") else entry
     elif line == "}" or line.startswith("}, execution_thread"):
@@ -184,7 +183,7 @@ def _traffic(module: Module, name: str, times: int, *, fused: bool) -> Traffic:
       # A TPU's name for an all-reduce whose result is scattered.
       kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
       sent = size * _SENT[kind](group_size(instruction.rest, module.num_devices))
-      found.add(Traffic(0.0, {kind: times * sent}))
+      found.collective_bytes[kind] += times * sent
     else:
       for called in instruction.called:
         inside = fused or instruction.opcode not in _RUNNING
@@ -197,8 +196,7 @@ def _traffic(module: Module, name: str, times: int, *, fused: bool) -> Traffic:
 
 def _trip_count(module: Module, loop: Instruction) -> int | None:
   """Returns a loop's number of iterations: XLA's annotation, or from `counter < constant`."""
-  noted = _TRIPS.search(loop.rest)
-  if noted:
+  if noted := _TRIPS.search(loop.rest):
     return int(noted[1])
   condition = re.search(r"condition=%?([\w.-]+)", loop.rest)
   lines = module.computations.get(condition[1], ()) if condition else ()
@@ -216,8 +214,7 @@ def group_size(attributes: str, num_devices: int) -> int:
 
   `replica_groups` are [2,4]<=[8], {{0,1},{2,3}}, or mesh['data'=4,'fsdp'=16] {'fsdp'}, for example.
   """
-  mesh = _MESH.search(attributes)
-  if mesh:
+  if mesh := _MESH.search(attributes):
     sizes = dict(re.findall(r"'([^']*)'=(\d+)", mesh[1]))
     parts = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", mesh[2])
     return math.prod(int(part or sizes[axis]) for axis, part in parts)
@@ -232,17 +229,15 @@ def _moved(module: Module, instruction: Instruction, shapes: Mapping[str, Instru
   if opcode in _FREE or opcode.endswith("-done") or "AllocateBuffer" in instruction.rest:
     return 0.0
   if opcode == "fusion":
-    return sum(_moved_by_fusion(module, instruction, shapes))
+    return _moved_by_fusion(module, instruction, shapes)
   written = shape_bytes(instruction.shape, main_memory=True)
   if opcode in _SLICES:
-    read = shape_bytes(instruction.shape) if _read(instruction.operands[0], shapes) else 0.0
-    return written + read
+    return written + bool(_read(instruction.operands[0], shapes)) * shape_bytes(instruction.shape)
   if opcode == "dynamic-update-slice":
     update = shapes[instruction.operands[1]].shape
     return shape_bytes(update, main_memory=True) + (shape_bytes(update) if written else 0.0)
-  if opcode in _WHOLE:
-    return written
-  return written + sum(_read(o, shapes) for o in instruction.operands)
+  operands = () if opcode in _WHOLE else instruction.operands
+  return written + sum(_read(operand, shapes) for operand in operands)
 
 
 def _read(name: str, shapes: Mapping[str, Instruction]) -> float:
@@ -251,13 +246,11 @@ def _read(name: str, shapes: Mapping[str, Instruction]) -> float:
 
 def _moved_by_fusion(
   module: Module, fusion: Instruction, shapes: Mapping[str, Instruction]
-) -> Iterator[float]:
-  """Yields the bytes that a fusion reads of each operand, and the bytes that it writes."""
-  for position, operand in enumerate(fusion.operands):
-    whole = _read(operand, shapes)
-    yield min(whole, _read_within(module, fusion, position)) if whole else 0.0
+) -> float:
+  operands = enumerate(fusion.operands)
+  read = sum(min(_read(o, shapes), _read_within(module, fusion, i)) for i, o in operands)
   written = shape_bytes(fusion.shape, main_memory=True)
-  yield max(0.0, written - sum(_not_written(module, fusion)))
+  return read + max(0.0, written - sum(_not_written(module, fusion)))
 
 
 def _read_within(module: Module, fusion: Instruction, position: int) -> float:

@@ -193,7 +193,7 @@ def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) 
     fits=machine.memory is None or peak <= machine.memory,
     memory=dataclasses.replace(plan.memory, temporary=temporary, code=code, peak=peak),
     memory_bytes=moved.memory_bytes,
-    network_bytes=moved.collective_bytes,
+    network_bytes=dict(moved.collective_bytes),
     compile_seconds=wall,
     compile_cpu_seconds=cpu,
     notes=plan.notes + [note] * bool(loops),

@@ -22,6 +22,7 @@ from vit_jax_zoo.errors import check_names, part_fields
 from vit_jax_zoo.nn.attention import Implementation, MultiHeadAttention, key_padding_mask
 from vit_jax_zoo.nn.init import kaiming_uniform, pytorch_uniform
 from vit_jax_zoo.nn.resnet import RESNET_BLOCKS, ResNet
+from vit_jax_zoo.nn.transformer import SHARDING_RULES as SHARDING_RULES
 from vit_jax_zoo.nn.transformer import Mlp, Stack
 from vit_jax_zoo.ops.attention import MASKED
 from vit_jax_zoo.ops.checks import check_positive, check_rates
@@ -45,18 +46,6 @@ VARIANTS: dict[str, dict[str, Any]] = {  # Table 1; Table 5 for the panoptic one
   "detr_r101_panoptic": _variant(101, **_PANOPTIC),
 }
 """Fields of `Detr` by model name."""
-
-SHARDING_RULES = (
-  (r".*/(query|key|value)/kernel", ("fsdp", "model", None)),
-  (r".*/(query|key|value)/bias", ("model", None)),
-  (r".*attention/out/kernel", ("model", None, "fsdp")),
-  (r".*/mlp/hidden/kernel", ("fsdp", "model")),
-  (r".*/mlp/hidden/bias", ("model",)),
-  (r".*/mlp/out/kernel", ("model", "fsdp")),
-  (r".*(bias|scale)", ()),
-  (r".*", "fsdp"),
-)
-"""Heads and hidden units over `model`, the other side of each matrix over `fsdp`."""
 
 MAX_LEARNED_POSITIONS = 50  # rows and columns of the learned tables
 
@@ -253,11 +242,8 @@ class _Layer(nn.Module):
 
   def _feed_forward(self, x: Tokens, *, train: bool) -> Tokens:
     fan_in = {(self.mlp_dim,): x.shape[-1], (x.shape[-1],): self.mlp_dim}  # by shape of the bias
-
-    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> Array:
-      return pytorch_uniform(fan_in[shape])(key, shape, dtype)
-
-    mlp = Mlp(self.mlp_dim, "relu", self.dropout_rate, bias_init=init, dtype=self.dtype, name="mlp")
+    init = {"bias_init": lambda *args: pytorch_uniform(fan_in[args[1]])(*args)}
+    mlp = Mlp(self.mlp_dim, "relu", self.dropout_rate, **init, dtype=self.dtype, name="mlp")
     norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="mlp_norm")
     return norm(x + mlp(x, train=train))
 
@@ -398,11 +384,7 @@ class _MaskedResNet(ResNet):
 
     def masked(**fields: Any) -> Callable[..., Array]:
       norm = make(**fields)
-
-      def call(x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w c"]:
-        return jnp.where(self.keep[x.shape[1:3]][..., None], norm(x, train=train), 0)
-
-      return call
+      return lambda x, train: jnp.where(self.keep[x.shape[1:3]][..., None], norm(x, train=train), 0)
 
     return masked  # pyrefly: ignore[bad-return]
 
