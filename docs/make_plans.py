@@ -190,8 +190,8 @@ under these assumptions:
 
 {assumptions};
 * rows compiled before 2026-11-30 do not count prefetches of slices to on-chip memory; rows compiled
-  before 2026-12-01 count some slices of scanned layers' stacked arrays as whole arrays: their memory
-  bound may be too high, 2.5 times for ViT-L/16.
+  before 2026-12-01 count some slices of scanned layers' stacked arrays as whole arrays: the bound
+  of memory may be too high, 2.5 times for ViT-L/16.
 
 `python -m vit_jax_zoo.plan --config=configs/vit.py:b16_imagenet --topology=v5e:4x4` prints such a
 plan, in more detail, for any config and slice; `--search` chooses a mesh. `docs/slices.toml` lists
