@@ -36,7 +36,7 @@ from vit_jax_zoo.inference.load import load_pretrained
 from vit_jax_zoo.registry import family_of, systems, variants
 from vit_jax_zoo.run_metadata import CONFIG_FILE, DATA_FILE, load_run
 from vit_jax_zoo.tasks import task_fields, tasks
-from vit_jax_zoo.training.checkpoint import find_checkpoint, is_checkpoint
+from vit_jax_zoo.training.checkpoint import BEST, find_checkpoint, is_checkpoint
 from vit_jax_zoo.training.metric_writer import METRICS_FILE, read_metrics
 from vit_jax_zoo.weights import Pretrained, hub
 from vit_jax_zoo.weights.key_map import unroll
@@ -120,13 +120,10 @@ def write(pretrained: Pretrained, form: str, path: str, **options: Any) -> None:
   elif form == "orbax":
     write_orbax(pretrained, family, path)
   else:
-    writable_formats(family)[form].write_checkpoint(path, flatten_pretrained(pretrained))
-
-
-def flatten_pretrained(pretrained: Pretrained) -> Pretrained:
-  """Returns what the writers of published formats take: variables by path, layers unrolled."""
-  flat = {key: np.asarray(x) for key, x in flatten_variables(pretrained.variables).items()}
-  return dataclasses.replace(pretrained, variables=unroll(flat))
+    # Writers of published formats take variables by path, layers unrolled.
+    flat = {key: np.asarray(x) for key, x in flatten_variables(pretrained.variables).items()}
+    flat_pretrained = dataclasses.replace(pretrained, variables=unroll(flat))
+    writable_formats(family)[form].write_checkpoint(path, flat_pretrained)
 
 
 def write_orbax(pretrained: Pretrained, family: str, path: str) -> None:
@@ -168,7 +165,7 @@ def write_card(
   if card.exists() and MADE_BY not in card.read_text():
     logging.warning("%s: not a model card of this package; kept", card)
     return card
-  dataset, scores = _training(source)
+  dataset, scores, tests, measured = _training(source)
   title, model = hub_name or output.name, pretrained.model
   defaults = {f.name: f.default for f in dataclasses.fields(model)}
   fields = pretrained.fields()
@@ -179,12 +176,14 @@ def write_card(
   classes = "".join(["\n\nClasses:\n", *(f"\n- {name}" for name in listed)]) if names else ""
   count = sum(leaf.size for leaf in jax.tree.leaves(pretrained.variables["params"]))
   steps = enumerate(programs.preprocessing_steps(pretrained), 1)
+  is_whole = form in PROGRAMS and '"in_program"' in (output / programs.NOTES_FILE).read_text()
+  by_program = "The program does all steps; its input is uint8 RGB of any size.\n\n" * is_whole
   sections = {
     "Use": f"```python\n{_usage(output, form, hub_name)}```",
     "Architecture": f"{type(model).__name__}, {count:,} parameters.\n\n{_table(others)}",
     "Data": f"Training data: {dataset or 'unknown'}." + classes,
-    "Metrics": _table(scores) if scores else "Not measured.",
-    "Preprocessing": "\n".join(f"{i}. {step}" for i, step in steps),
+    "Metrics": f"{measured}{_table(scores)}" if scores else "Not measured.",
+    "Preprocessing": by_program + "\n".join(f"{i}. {step}" for i, step in steps),
   }
   text = f"# {title}\n\nLicence: {license_id}; {MADE_BY} as `{form}`.\n"
   text += "".join(f"\n## {name}\n\n{content}\n" for name, content in sections.items())
@@ -194,33 +193,38 @@ def write_card(
     "pipeline_tag": task and task.hub_task,
     "tags": ["vit_jax_zoo", family_of(model)],
   }
-  card.write_text(_front_matter(title, dataset, scores, **metadata) + text)
+  card.write_text(_front_matter(title, scores, tests, **metadata) + text)
   return card
 
 
-def _training(source: str) -> tuple[str, dict[str, Any]]:
-  """Returns the training data in words, and the scores of the checkpoint, as far as known."""
+def _training(source: str) -> tuple[str, dict[str, Any], dict[str, str], str]:
+  """Returns training data, scores of the exported weights, data by evaluation, step; or empty."""
   if not is_checkpoint(source):
     entry = hub.entries().get(source)
-    return "", {f"reported score ({entry.source})": entry.score} if entry else {}
+    return "", {f"reported score ({entry.source})": entry.score} if entry else {}, {}, ""
   checkpoint = find_checkpoint(source)
   workdir = next(p for p in (checkpoint, *checkpoint.parents) if (p / CONFIG_FILE).exists())
-  evaluations = tuple(f"{name}/" for name in load_run(workdir)[0]["data"]["eval"])
+  evaluations = load_run(workdir)[0]["data"]["eval"]
   data, rows = json.loads((workdir / DATA_FILE).read_text()), []
   if (workdir / METRICS_FILE).exists():
     rows = [row for row in read_metrics(workdir) if str(row["step"]) == checkpoint.name]
-  scores = {k: v for row in rows for k, v in row.items() if k.startswith(evaluations)}
-  return f"{data['name']}, {data['num_examples']} examples" if "name" in data else "", scores
+  scores = {k: v for row in rows for k, v in row.items() if k.partition("/")[0] in evaluations}
+  tests = {k: f"{e.get('source')} {e.get('split', '')}".strip() for k, e in evaluations.items()}
+  best = ", the run's best checkpoint" if checkpoint.parent.name == BEST else ""
+  listed = ", ".join(f"{name} ({data})" for name, data in tests.items())
+  measured = f"Of the exported weights, those of step {checkpoint.name}{best}, on {listed}.\n\n"
+  dataset = f"{data['name']}, {data['num_examples']} examples" if "name" in data else ""
+  return dataset, scores, tests, measured
 
 
-def _front_matter(title: str, dataset: str, scores: Mapping[str, Any], **metadata: Any) -> str:
+def _front_matter(title: str, scores: Any, tests: Mapping[str, str], **metadata: Any) -> str:
   try:
     hf = importlib.import_module("huggingface_hub")
   except ImportError:
     logging.info("model card: no metadata of the hub; pip install -e '.[hub]'")
     return ""
-  task, name = metadata["pipeline_tag"], dataset.partition(",")[0]
-  results = [hf.EvalResult(task, name, name, *x) for x in scores.items() if name and task]
+  task, found = metadata["pipeline_tag"], scores.items() if tests else ()
+  results = [hf.EvalResult(task, *[tests[k.split("/")[0]]] * 2, k, v) for k, v in found if task]
   more = {"model_name": title, "eval_results": results} if results else {}
   return f"---\n{hf.ModelCardData(**metadata, **more).to_yaml()}\n---\n\n"
 

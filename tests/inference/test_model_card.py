@@ -54,12 +54,20 @@ def test_card_of_run(vit_run, tmp_path):
   assert card.data.pipeline_tag == "image-classification"
   assert set(card.data.tags) == {"vit_jax_zoo", "vit"}
   rows = [json.loads(line) for line in (vit_run / "metrics.jsonl").read_text().splitlines()]
-  expected = [row["test/accuracy"] for row in rows if "test/accuracy" in row][-1]
+  found = {row["step"]: row["test/accuracy"] for row in rows if "test/accuracy" in row}
+  step = max(found, key=found.__getitem__)  # of equal ones the first, as the best checkpoint
+  expected = found[step]
   results = {r.metric_type: r for r in card.data.eval_results}
   assert results["test/accuracy"].metric_value == expected
-  assert results["test/accuracy"].dataset_name == "demo:digits train"
-  for text in ("demo:digits train, 1437 examples", "| width | 16 |", "Classes:\n\n- 0\n- 1"):
+  assert results["test/accuracy"].dataset_name == "demo:digits test[:20]"
+  for text in (
+    "demo:digits train, 1437 examples",
+    "on test (demo:digits test[:20])",
+    "| width | 16 |",
+    "Classes:\n\n- 0\n- 1",
+  ):
     assert text in card.text
+  assert f"weights, those of step {step}, the run's best checkpoint" in card.text
   assert re.search(r"## Preprocessing\n\n1\. resize to 8 x 8.*\n2\. .*mean", card.text)
   images = [np.zeros((8, 8, 3), np.uint8)]
   names = {"images": images}
@@ -77,6 +85,29 @@ def test_card_of_published_file(tmp_path, monkeypatch):
   assert "Training data: unknown" in text
   assert "Not measured" in text
   assert not (tmp_path / "README.md").exists()
+
+
+def test_card_of_checkpoint_has_its_score(vit_run, tmp_path):
+  """Scores are those of the exported weights: of the last step where it is exported."""
+  (checkpoint,) = (vit_run / "checkpoints").iterdir()
+  step = int(checkpoint.name)
+  path = vit_run / "checkpoints" / str(step)
+  run(f"--model={path}", "--format=orbax", f"--output={tmp_path / 'out'}")
+  card = huggingface_hub.ModelCard.load(tmp_path / "out/README.md")
+  rows = [json.loads(line) for line in (vit_run / "metrics.jsonl").read_text().splitlines()]
+  (expected,) = [row["test/loss"] for row in rows if row["step"] == step and "test/loss" in row]
+  results = {r.metric_type: r.metric_value for r in card.data.eval_results}
+  assert results["test/loss"] == expected
+  assert f"those of step {step}, on test" in card.text
+
+
+def test_card_says_that_the_program_resizes(tmp_path):
+  source = golden_folder("vit_hf_a")
+  for option in ("--nowith_preprocessing", "--with_preprocessing"):
+    out = tmp_path / option
+    run(f"--model={source}", "--format=stablehlo", f"--output={out}", option)
+    is_said = "The program does all steps; its input is uint8" in (out / "README.md").read_text()
+    assert is_said == (option == "--with_preprocessing")
 
 
 def test_usage_has_inputs_of_program(tmp_path):
