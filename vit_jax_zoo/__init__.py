@@ -22,3 +22,4 @@ __all__ = [
   "Predictor", "Result", "__version__", "create_model", "list_configs", "list_models",
   "load_pretrained", "predictor",
 ]  # fmt: skip
+__dir__ = __all__.copy  # no names of this file's own

@@ -87,7 +87,7 @@ def test_package_shows_its_names_without_importing_jax():
   """Names for `dir`, `help` and tab completion."""
   code = "import sys, vit_jax_zoo as zoo; print(*dir(zoo)); assert 'jax' not in sys.modules"
   done = subprocess.run([sys.executable, "-c", code], check=True, timeout=100, capture_output=True)
-  assert {*zoo.__all__} <= {*done.stdout.decode().split()}
+  assert {*zoo.__all__} == {*done.stdout.decode().split()}
   text = pydoc.plain(pydoc.render_doc(zoo))
   assert [n for n in zoo.__all__ if n[:2] != "__" and n not in text] == []
 
