@@ -118,7 +118,7 @@ def test_predict_super_resolution_with_reference(tmp_path):
     ("predict", [f"--model={WEIGHTS}"], "--images: missing"),
     ("predict", [f"--model={WEIGHTS}", "--imagse=x.jpg"], "imagse"),
     ("export", [f"--model={WEIGHTS}", "--format=hf"], "--output is missing"),
-    ("export", [f"--model={WEIGHTS}", "--format=tflite", "--output=o"], "unknown format of vit"),
+    ("export", [f"--model={WEIGHTS}", "--format=tflite", "--output=o"], "unknown --format of vit"),
     ("export", [f"--model={WEIGHTS}", "--format=npz", "--output=o", "extra"], "'extra'"),
     ("export", ["--model=nowhere.npz", "--format=hf", "--output=o"], "nowhere.npz"),
   ],

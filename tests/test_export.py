@@ -119,6 +119,8 @@ def test_unsupported_fields_raise(tmp_path):
     export.write(tiny(pool="mean"), "hf", str(tmp_path))
   with pytest.raises(WeightsError, match="cls_token"):
     export.write(tiny(pool="mean", cls_token=True), "npz", str(tmp_path / "x"))
+  with pytest.raises(ValueError, match="--format of vit 'timm'; did you mean 'safetensors-timm'"):
+    export.write(tiny(), "timm", str(tmp_path))
   with pytest.raises(ValueError, match="format of vit 'tflite'"):
     export.write(tiny(), "tflite", str(tmp_path))
 

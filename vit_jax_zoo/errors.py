@@ -20,9 +20,10 @@ def unknown_name(kind: str, given: str, known: Iterable[str]) -> str:
   """
   names = sorted(known)
   lower = {name.lower(): name for name in names}
-  nearest = [lower[name] for name in difflib.get_close_matches(given.lower(), lower, n=1)]
-  hint = f"; did you mean {nearest[0]!r}? Known" if nearest else "; known"
-  return f"unknown {kind} {given!r}{hint}: {', '.join(names)}"
+  nearest = difflib.get_close_matches(given.lower(), lower, n=1)
+  nearest = nearest or [name for name in lower if len(given) > 2 and given.lower() in name]
+  hint = f"; did you mean {lower[nearest[0]]!r}? Known" if nearest else "; known"
+  return f"unknown {kind} {given!r}{hint}: {', '.join(name or repr(name) for name in names)}"
 
 
 def check_names(kind: str, given: Iterable[str], known: Iterable[str]) -> None:

@@ -77,8 +77,7 @@ def main(argv: Sequence[str]) -> int:
   if repository and repository.count("/") != 1:
     raise ValueError(f"--push_to_hub: {repository!r}; expected user/name")
   if repository and output.is_dir() and any(output.iterdir()):
-    wrong = f"--output: {output} has files; expected a new folder"
-    raise ValueError(f"{wrong}, all of which --push_to_hub uploads")
+    raise ValueError(f"--output: {output} has files, which --push_to_hub uploads; use a new folder")
   _check_output(epath.Path(FLAGS.model), output)
   pretrained = load_pretrained(FLAGS.model, **size)
   write(pretrained, FLAGS.format, FLAGS.output, **options)
@@ -114,7 +113,7 @@ def formats_of(family: str) -> tuple[str, ...]:
 def write(pretrained: Pretrained, form: str, path: str, **options: Any) -> None:
   """Writes a model; `form` is one of `formats_of`, `options` are those of `make_program`."""
   family = family_of(pretrained.model)
-  check_names(f"format of {family}", [form], formats_of(family))
+  check_names(f"--format of {family}", [form], formats_of(family))
   if form in PROGRAMS:
     PROGRAMS[form](pretrained, path, **options)
   elif form == "orbax":
@@ -166,12 +165,10 @@ def write_card(
     logging.warning("%s: not a model card of this package; kept", card)
     return card
   dataset, scores, tests, measured = _training(source)
-  title, model = hub_name or output.name, pretrained.model
+  title, model, names = hub_name or output.name, pretrained.model, pretrained.class_names
   defaults = {f.name: f.default for f in dataclasses.fields(model)}
-  fields = pretrained.fields()
-  others = {name: value for name, value in fields.items() if value != defaults[name]}
+  others = {k: value for k, value in pretrained.fields().items() if value != defaults[k]}
   task = tasks()[pretrained.task] if pretrained.task else None
-  names = pretrained.class_names
   listed = [*names[:_MAX_CLASSES], *([f"... ({len(names)} in all)"] * (len(names) > _MAX_CLASSES))]
   classes = "".join(["\n\nClasses:\n", *(f"\n- {name}" for name in listed)]) if names else ""
   count = sum(leaf.size for leaf in jax.tree.leaves(pretrained.variables["params"]))

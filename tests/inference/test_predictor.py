@@ -1,6 +1,7 @@
 """`zoo.predictor`: kinds of images, batches, typed results."""
 
 import dataclasses
+import inspect
 import json
 import pydoc
 import subprocess
@@ -35,7 +36,7 @@ def test_image_kinds_give_one_result(vit_run, tmp_path):
   assert json.loads(json.dumps(result.to_dict())) == result.record
   assert result._repr_png_().startswith(b"\x89PNG")
   assert result.draw().mode == "RGB"
-  with pytest.raises(ValueError, match="picture 'heads'"):
+  with pytest.raises(ValueError, match=r"picture 'heads'; known: ''"):
     result.draw("heads")
   gray = predict(pixels[..., 0])
   assert gray.record == predict(np.stack([pixels[..., 0]] * 3, axis=-1)).record
@@ -68,6 +69,10 @@ def test_what_cannot_be_predicted_raises(vit_run, tmp_path):
       predict([photo(0), image])
   with pytest.raises(ValueError, match="batch_size: 0"):
     zoo.predictor(str(vit_run), batch_size=0)
+  with pytest.raises(ValueError, match=r"^model: None; expected a run"):
+    inspect.unwrap(zoo.predictor)(None)  # without the tests' check of types
+  with pytest.raises(ValueError, match=r"^model: ''; expected a run"):
+    zoo.predictor("")
   with pytest.raises(ValueError, match="option 'topk'; did you mean 'top_k'"):
     zoo.predictor(str(vit_run), topk=3)
 

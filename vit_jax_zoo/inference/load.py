@@ -65,10 +65,9 @@ def load(
   named = {"class_names": names} if (names := read_class_names(class_names)) else {}
   if is_checkpoint(path):
     run = _Run.read(path, options)
-    fields = run.task_fields() | named
     return Trained(
       source=path,
-      task=create_task(run.config["task"]["name"], run.model, **fields),
+      task=create_task(run.config["task"]["name"], run.model, **(run.task_fields() | named)),
       variables=run.variables,
       prepare=run.prepare(),
       image_size=run.size,
@@ -105,13 +104,15 @@ def predictor(
   else 1); `class_names` as in `load`. `options` are flags of `vit_jax_zoo.predict`
   for the model's task: `top_k`, `explain`, `reference` (an image), ...; ValueError for others.
   """
+  if not isinstance(model, str | pathlib.Path) or not str(model):
+    expected = "expected a run, a published file or folder, or a name of list_models"
+    raise ValueError(f"model: {model!r}; {expected}(pretrained=True)")
   if batch_size is not None and batch_size < 1:
     raise ValueError(f"batch_size: {batch_size}; expected at least 1")
   images = {option.name for option in base.list_options() if option.type is pathlib.Path}
   given = {k: base.read_image(v) if k in images else v for k, v in options.items()}
   created = create_predictor(load(model, class_names=class_names), base.Options(**given))
-  if batch_size is not None:
-    created.batch_size = batch_size
+  created.batch_size = batch_size or created.batch_size
   return created
 
 
