@@ -59,8 +59,8 @@ def demo(*, num_steps: int = 1000, batch_size: int = 8) -> ConfigDict:
   Hardware: any. Two CPU cores need some minutes; 28 on a busy machine.
   Expected: 25.3 dB; bicubic interpolation has 23.98, wrong references 24.3.
   Ours: 25.26 dB with seed 0 on two cores, 25.47 on one core of another machine, and 24.39 and 24.25
-    with wrong references: gains of 1.28 and 1.49 dB over bicubic. An earlier version: 25.65, 25.51 and 25.37 dB with seeds
-    0, 1 and 2, and 24.13, 24.29, 24.30 with wrong references.
+    with wrong references: gains of 1.28 and 1.49 dB over bicubic. An earlier version: 25.65, 25.51
+    and 25.37 dB with seeds 0, 1 and 2, and 24.13, 24.29, 24.30 with wrong references.
   """
   config = ConfigDict({"seed": 0, "num_steps": num_steps, "batch_size": batch_size})
   config.eval_batch_size = 6
