@@ -117,7 +117,7 @@ def test_predict_super_resolution_with_reference(tmp_path):
     ("predict", ["--model=nowhere", "--images=x.jpg"], "--images=x.jpg"),
     ("predict", [f"--model={WEIGHTS}"], "--images: missing"),
     ("predict", [f"--model={WEIGHTS}", "--imagse=x.jpg"], "imagse"),
-    ("export", [f"--model={WEIGHTS}", "--format=hf"], "--output is missing"),
+    ("export", [f"--model={WEIGHTS}", "--format=hf"], "--output: missing"),
     ("export", [f"--model={WEIGHTS}", "--format=tflite", "--output=o"], "unknown --format of vit"),
     ("export", [f"--model={WEIGHTS}", "--format=npz", "--output=o", "extra"], "'extra'"),
     ("export", ["--model=nowhere.npz", "--format=hf", "--output=o"], "nowhere.npz"),
