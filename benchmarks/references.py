@@ -61,6 +61,8 @@ def _classification(start: pathlib.Path, batches: Batches, task: Any) -> tuple[A
 
 def _pixel_modelling(start: pathlib.Path, batches: Batches, _: Any) -> tuple[Any, Loss]:
   model = transformers.ImageGPTForCausalImageModeling.from_pretrained(start, **NO_DROPOUT)
+  for name, parameter in model.named_parameters():
+    parameter.requires_grad_(not name.endswith(".bias"))  # OpenAI's iGPT has none: these stay 0
 
   def loss(step: int) -> torch.Tensor:
     tokens = torch.from_numpy(batches[f"tokens_{step}"]).long()
