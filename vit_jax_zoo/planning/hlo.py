@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 _SENT: Mapping[str, Callable[[int], float]] = {
@@ -75,14 +74,15 @@ class Traffic:
   """Traffic of one device in one execution; collectives, by kind, as ring algorithms send them."""
 
   memory_bytes: float = 0.0  # read from and written to main memory
-  collective_bytes: Counter[str] = dataclasses.field(default_factory=Counter)
+  collective_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
   loops_of_unknown_length: int = 0  # counted as one iteration
 
   def add(self, other: "Traffic") -> None:
     """Adds other traffic in place."""
     self.memory_bytes += other.memory_bytes
     self.loops_of_unknown_length += other.loops_of_unknown_length
-    self.collective_bytes.update(other.collective_bytes)  # a Counter adds
+    for kind, sent in other.collective_bytes.items():
+      self.collective_bytes[kind] = self.collective_bytes.get(kind, 0.0) + sent
 
 
 def traffic(text: str) -> Traffic:
@@ -183,7 +183,7 @@ def _traffic(module: Module, name: str, times: int, *, fused: bool) -> Traffic:
       # A TPU's name for an all-reduce whose result is scattered.
       kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
       sent = size * _SENT[kind](group_size(instruction.rest, module.num_devices))
-      found.collective_bytes[kind] += times * sent
+      found.add(Traffic(0.0, {kind: times * sent}))
     else:
       for called in instruction.called:
         inside = fused or instruction.opcode not in _RUNNING

@@ -193,7 +193,7 @@ def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) 
     fits=machine.memory is None or peak <= machine.memory,
     memory=dataclasses.replace(plan.memory, temporary=temporary, code=code, peak=peak),
     memory_bytes=moved.memory_bytes,
-    network_bytes=dict(moved.collective_bytes),
+    network_bytes=moved.collective_bytes,
     compile_seconds=wall,
     compile_cpu_seconds=cpu,
     notes=plan.notes + [note] * bool(loops),
@@ -389,8 +389,7 @@ def report(plan: Plan) -> str:
   ]
   width = max(len(name) for name, _ in rows)
   lines = [f"{name:<{width}}  {text}" for name, text in rows]
-  notes = [*plan.notes, *(ASSUMPTIONS if plan.roofline else ())]
-  if notes:
+  if notes := [*plan.notes, *(ASSUMPTIONS if plan.roofline else ())]:
     lines += ["", "Per device and step, assuming:", *(f"  * {note}" for note in notes)]
   return "\n".join(lines)
 
@@ -451,8 +450,7 @@ def _traffic_rows(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _time_rows(plan: Plan) -> list[tuple[str, str]]:
-  least = plan.roofline
-  if least is None or plan.step_seconds is None:
+  if (least := plan.roofline) is None or plan.step_seconds is None:
     return [("min step time", "unknown: no peak rates of this device")] if plan.fits else []
   parts = ", ".join(f"{p} {seconds(getattr(least, p))}" for p in ("compute", "memory", "network"))
   rows = [("min step time", f"{seconds(least.step)} ({parts})")]
