@@ -216,6 +216,14 @@ def test_invalid_metrics_raise(metrics, best, message):
     trainer.build(config)
 
 
+def test_float64_without_x64_raises():
+  config = tiny()
+  with config.ignore_type(), config.unlocked():
+    config.model.dtype = "float64"
+  with pytest.raises(ValueError, match=r"config\.model\.dtype: float64 needs JAX_ENABLE_X64=1"):
+    trainer.build(config)
+
+
 def test_extra_sources_joined():
   config = config_lib.load("configs/vit.py:demo,batch_size=16")
   config.data.train.extra_sources = ({"source": "demo:digits", "split": "test[:50]"},)

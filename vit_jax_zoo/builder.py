@@ -5,8 +5,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax_zoo.config import check_values
@@ -29,7 +29,7 @@ class Experiment:
   """The objects that a config describes."""
 
   config: ConfigDict  # complete
-  mesh: Mesh
+  mesh: jax.sharding.Mesh
   open_train_source: Callable[[], Source]
   eval_sources: Mapping[str, Source]  # by name of the evaluation, as are the next two
   fit_sources: Mapping[str, Source]  # training data of feature probes
@@ -111,8 +111,7 @@ class Experiment:
 
   def evaluation_program(self) -> train_step.EvaluationProgram:
     """Returns the compiled steps of an evaluation, for the shapes of the default one's batches."""
-    name = main_evaluation(self.config.data.eval.to_dict())
-    if name is None:
+    if (name := main_evaluation(self.config.data.eval.to_dict())) is None:
       raise ValueError("data.eval: empty; expected an evaluation")
     return train_step.build_evaluation(
       self.task,
@@ -143,12 +142,15 @@ def build(
   open_train_source = functools.cache(functools.partial(opened, config.data.train))
   if run_data is None or (run_data.num_classes is None and needs_data(config.model, config.task)):
     info = open_train_source().info
+    _check_objects("data.train", info)
   else:
     info = run_data.info("the training data of the run")
   eval_sources, fit_sources = _open_evaluations(opened, config.data.eval, info)
   model = create_model(**fill_from_data(config.model.to_dict(), info))
   if getattr(model, "dtype", None) == "float16" and mesh.devices.flat[0].platform == "cpu":
     raise ValueError("config.model.dtype: float16 does not run on CPUs; set float32 or bfloat16")
+  if getattr(model, "dtype", None) == "float64" and not jax.config.read("jax_enable_x64"):
+    raise ValueError("config.model.dtype: float64 needs JAX_ENABLE_X64=1; set it, or float32")
   task_fields = fill_from_data(config.task.to_dict(), info)
   num_steps = config.num_steps or round(config.num_epochs * info.num_examples / config.batch_size)
   task = create_task(task_fields.pop("name"), model, **task_fields)
@@ -197,14 +199,18 @@ def _open_evaluations(
   eval_sources, fit_sources = {}, {}
   for name, spec in sections.items():
     eval_sources[name] = opened(spec)
-    if eval_sources[name].info.num_objects == 0:
-      text = f"{eval_sources[name].info.name} has no annotated objects, or only crowds"
-      raise ValueError(f"data.eval.{name}: {text}; expected at least one. Set another split")
+    _check_objects(f"data.eval.{name}", eval_sources[name].info)
     if "fit_split" in spec:
       fit_sources[name] = opened(spec, "fit_split")
     trained_on = fit_sources[name].info if name in fit_sources else info
     check_same_classes(trained_on, eval_sources[name].info, f"the evaluation {name!r}")
   return eval_sources, fit_sources
+
+
+def _check_objects(section: str, info: DatasetInfo) -> None:
+  if info.num_objects == 0:
+    text = f"{info.name} has no annotated objects, or only crowds"
+    raise ValueError(f"{section}: {text}; expected at least one. Set another split")
 
 
 def _open(open_source: Callable[..., Source], spec: Any, split: str = "split") -> Source:

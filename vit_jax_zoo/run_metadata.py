@@ -76,8 +76,7 @@ class RunData:
 
 def load_run(workdir: epath.Path) -> tuple[dict[str, Any], RunData]:
   """Returns the config of a run, with the current field names, and the metadata of its data."""
-  config = disk.read_json(workdir / CONFIG_FILE)
-  if config is None:
+  if (config := disk.read_json(workdir / CONFIG_FILE)) is None:
     raise FileNotFoundError(f"{workdir}: no {CONFIG_FILE}; expected the folder of a run")
   for section in ("model", "task", "data", "checkpoint"):
     if not isinstance(config.get(section), dict):

@@ -221,8 +221,7 @@ def pretrained_variables(
 
 def _evaluate_only(experiment: Experiment, checkpointer: Checkpointer) -> Outcome:
   program = experiment.evaluation_program()
-  step = checkpointer.latest_step
-  if step is None:
+  if (step := checkpointer.latest_step) is None:
     initializer = _initializer(experiment, program, _preview(experiment))
     variables = program.initial_variables(experiment.config.seed, pretrain=initializer)
   else:
@@ -341,13 +340,11 @@ def describe_balance(counts: Counts, class_names: Sequence[str]) -> list[str]:
 
 def find_imbalance(counts: Counts, class_names: Sequence[str]) -> list[str]:
   """Returns warnings about empty classes and class imbalance of the training data."""
-  values = counts.get("train")
-  if values is None:
+  if (values := counts.get("train")) is None:
     return []
   if len(values) == 1:
     return [f"only one class found ({_name(0, class_names)}); put each class in its own folder"]
-  empty = [_name(i, class_names) for i, count in enumerate(values) if not count]
-  if empty:
+  if empty := [_name(i, class_names) for i, count in enumerate(values) if not count]:
     listed = ", ".join(empty[:MAX_LISTED]) + (", ..." if len(empty) > MAX_LISTED else "")
     return [f"classes without training images ({len(empty)}): {listed}"]
   smallest, largest = int(np.argmin(values)), int(np.argmax(values))

@@ -161,6 +161,20 @@ def test_schedule_of_small_dataset(system, variant, count, steps, tmp_path):
   assert advise(config.to_dict()) == []
 
 
+@pytest.mark.parametrize(("part", "section"), [("train", "train"), ("val", "eval.val")])
+def test_no_objects_raise(part, section, tmp_path):
+  root = write_coco(tmp_path, train=5, val=3)
+  (file,) = root.rglob(f"*{part}*.json")
+  content = json.loads(file.read_text())
+  for annotation in content["annotations"]:
+    annotation["iscrowd"] = 1
+  file.write_text(json.dumps(content))
+  config = load(f"configs/detr.py:r50_finetune,source=coco:{root}")
+  message = rf"data\.{section}: .*no annotated objects, or only crowds"
+  with pytest.raises(ValueError, match=message):
+    build(config.copy_and_resolve_references(), devices=jax.devices()[:1])
+
+
 def test_learning_rate_scaled_with_batch_size():
   for system, variant in (("detr", "r50_finetune"), ("fpt", "finetune")):
     few, many = (load(f"configs/{system}.py:{variant},batch_size={size}") for size in (4, 16))

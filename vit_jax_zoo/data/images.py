@@ -165,8 +165,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
 
 
 def _exif_orientation(tiff: bytes) -> int:
-  order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-  if order is None or len(tiff) < 14:
+  if (order := {b"II": "<", b"MM": ">"}.get(tiff[:2])) is None or len(tiff) < 14:
     return 0
   (first,) = struct.unpack_from(order + "I", tiff, 4)
   if first + 2 > len(tiff):
@@ -191,8 +190,7 @@ def read_header(file: str | os.PathLike) -> tuple[int, int, int]:
 
 def parse_header(data: bytes) -> tuple[int, int, int]:
   """Returns height and width as stored, and EXIF orientation, 1 to 8; or CorruptExampleError."""
-  header = read_jpeg_header(data)
-  if header is not None:
+  if (header := read_jpeg_header(data)) is not None:
     return header.height, header.width, header.orientation
   try:
     with open_image(data) as image:

@@ -59,8 +59,7 @@ def draw_attention(
   images: Images, maps: Float[np.ndarray, "b i j"], captions: Sequence[str] = (), subtitle: str = ""
 ) -> Figure:
   """Draws up to 8 images, with attention as a heat map over each (as ViT paper, figure 6)."""
-  shown = min(len(images), 8)
-  if not shown:
+  if not (shown := min(len(images), 8)):
     raise ValueError("images: none; expected at least one")
   height, width = images.shape[1:3]
   is_single = shown == 1  # drawn at its own size, beside its map; several images above theirs

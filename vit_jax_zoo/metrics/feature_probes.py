@@ -351,8 +351,7 @@ def hold_out(labels: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
 
 def choose_features(found: Mapping[str, FeatureScore]) -> str:
   """Returns the kind of feature to report: the best layer on held-out images, or "features"."""
-  layers = [name for name in found if name.startswith("layer_")]
-  if not layers:
+  if not (layers := [name for name in found if name.startswith("layer_")]):
     return "features" if "features" in found else next(iter(found))
   return max(layers, key=lambda name: found[name].validation or 0.0)
 

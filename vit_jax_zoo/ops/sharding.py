@@ -27,8 +27,7 @@ def on_own_examples(function: Callable[..., Any], *args: Shaped[Array, "b ..."])
   For loops whose length depends on the example: the devices would synchronise in each iteration.
   The first axis of all arrays is the example's.
   """
-  axes = splitting_axes(args[0].shape[0])
-  if not axes:
+  if not (axes := splitting_axes(args[0].shape[0])):
     return function(*args)
   split = PartitionSpec(axes)
   return jax.shard_map(function, in_specs=split, out_specs=split, check_vma=False)(*args)

@@ -149,8 +149,7 @@ def report(results: dict[str, FeatureScore], title: str) -> Report:
   best = feature_probes.choose_features(results)
   scores = dict(results[best].scores)
   accuracies = {name: score.scores["accuracy"] for name, score in results.items()}
-  layers = [name for name in results if name.startswith("layer_")]
-  if not layers:
+  if not (layers := [name for name in results if name.startswith("layer_")]):
     return Report(scores | {k: v for k, v in accuracies.items() if k != best})
   index = layers.index(best)
   scores |= accuracies | {"best_layer": float(index)}

@@ -34,8 +34,7 @@ def scaled_rate(optimizer: str, rate: float, batch_size: int, recipe_batch_size:
 def advise(config: Mapping[str, Any]) -> list[tuple[int, str]]:
   """Returns log levels and lines where batch size and learning rates differ from the recipe's."""
   recipe, optimizers, batch_size = config["recipe"], config["optimizer"], config["batch_size"]
-  usual = recipe["batch_size"]
-  if not usual or usual == batch_size:
+  if not (usual := recipe["batch_size"]) or usual == batch_size:
     return []
   far, parts = max(usual / batch_size, batch_size / usual) >= FAR, -(-usual // batch_size)
   keep = f"; or keep the batch: --config.batch_size={usual} --config.accumulation_steps={parts}"

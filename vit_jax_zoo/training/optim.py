@@ -442,8 +442,7 @@ def _step(
 
 
 def _with_cooldown(rate: Schedule, num_steps: int, steps: Steps, end_value: Number) -> Schedule:
-  cooldown = count_steps("cooldown_steps", steps, num_steps)
-  if not cooldown:
+  if not (cooldown := count_steps("cooldown_steps", steps, num_steps)):
     if end_value:
       raise ValueError(f"end_value: {end_value} has no effect without cooldown_steps; set them too")
     return rate

@@ -237,8 +237,7 @@ def build_program(
   inputs = shardings, sharding.batch_sharding(mesh)
   outputs = shardings, sharding.replicated(mesh)
   arguments = {"accumulation_steps": options.accumulation_steps, "ema_decay": options.ema_decay}
-  train_step = task.make_train_step(optimizers, **arguments)
-  if train_step is None:
+  if (train_step := task.make_train_step(optimizers, **arguments)) is None:
     train_step = make_train_step(task, optimizers[0], **arguments)
   return Program(
     **vars(evaluation),

@@ -67,8 +67,7 @@ def _acquire(path: epath.Path) -> str | None:
       folder = os.open(path.parent, os.O_RDONLY)
       stack.callback(os.close, folder)
       fcntl.flock(folder, fcntl.LOCK_EX)  # until it is closed: one process or thread at a time
-    owner = _read(path)
-    if owner is not None:
+    if (owner := _read(path)) is not None:
       process = f"process {owner['pid']} on {owner['host']}"
       if _is_alive(path, owner):
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["started"]))
@@ -88,8 +87,7 @@ def _is_alive(path: epath.Path, owner: dict[str, Any]) -> bool:
   deadline = time.monotonic() + 3 * HEARTBEAT
   while time.monotonic() < deadline:
     time.sleep(HEARTBEAT / 15)
-    now = _read(path)
-    if now is None or now["beats"] != owner["beats"]:
+    if (now := _read(path)) is None or now["beats"] != owner["beats"]:
       return now is not None
   return False
 

@@ -63,8 +63,7 @@ def fit_to_model(
         given, shared = ({k: v for k, v in x.items() if k not in left} for x in (given, shared))
     taken = dict(_taken(_in_layout_of(given, shared), shared, problems, (source_grid, grid)))
     adapted[collection] = traverse_util.unflatten_dict({**target, **taken}, sep="/")
-    fresh = sorted(target.keys() - taken.keys())
-    if fresh and not problems:
+    if (fresh := sorted(target.keys() - taken.keys())) and not problems:
       logging.info("%s: not loaded, newly initialised: %s", name, ", ".join(fresh))
   if problems:
     raise ValueError(f"{name}: does not fit the model; {key_map.list_problems(problems)}")

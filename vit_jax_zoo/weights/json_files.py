@@ -106,11 +106,9 @@ def read_preprocess(processor: Mapping[str, Any], size: Size, kind: str) -> Prep
 
   `size` is the default height and width; `kind` begins the name of the model's own processor.
   """
-  own = processor.get("image_processor_type") or processor.get("feature_extractor_type") or kind
-  if not str(own).startswith((kind, *_DEFAULTS)):
-    logging.warning("%s: %s is read as %sImageProcessor", _PROCESSOR, own, kind)
+  own = kind_of(processor, kind, _DEFAULTS)
   defaults: dict[str, Any] = {"size": list(size)}
-  defaults = next((x for key, x in _DEFAULTS.items() if str(own).startswith(key)), defaults)
+  defaults = next((x for key, x in _DEFAULTS.items() if own.startswith(key)), defaults)
   # As in transformers, null is no for a step, and an error for a value: the default here.
   stated = {k: v for k, v in processor.items() if v is not None or k.startswith("do_")}
   given: dict[str, Any] = {**defaults, **stated}
@@ -142,6 +140,14 @@ def read_preprocess(processor: Mapping[str, Any], size: Size, kind: str) -> Prep
   )
 
 
+def kind_of(processor: Mapping[str, Any], kind: str, known: Iterable[str] = ()) -> str:
+  """Returns the processor's class, by default `kind`; warns of one that is read as `kind`."""
+  own = processor.get("image_processor_type") or processor.get("feature_extractor_type") or kind
+  if not str(own).startswith((kind, *known)):
+    logging.warning("%s: %s is read as %sImageProcessor", _PROCESSOR, own, kind)
+  return str(own)
+
+
 def read_class_names(config: Mapping[str, Any], count: int) -> dict[str, Any]:
   """Returns `class_names` of a `config.json` as a field of the task; a missing one is its id."""
   try:
@@ -154,8 +160,7 @@ def read_class_names(config: Mapping[str, Any], count: int) -> dict[str, Any]:
     logging.warning(text, len(other), count, other[0])
   if all(re.fullmatch(r"LABEL_\d+", name) for name in labels.values()):
     return {}
-  missing = sorted(set(range(count)) - set(labels))
-  if missing:
+  if missing := sorted(set(range(count)) - set(labels)):
     logging.warning(
       "config.json: id2label lacks %d of %d classes (%s%s); their ids are shown",
       len(missing), count, ", ".join(map(str, missing[:5])), ", ..." * (len(missing) > 5),

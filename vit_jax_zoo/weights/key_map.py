@@ -68,8 +68,7 @@ _SLOT = re.compile(r"\{(\w+)(\+1)?\}")
 
 
 def _translate(name: str, source: str, target: str) -> str | None:
-  match = _pattern(source).fullmatch(name)
-  if match is None:
+  if (match := _pattern(source).fullmatch(name)) is None:
     return None
   offsets = {slot[1]: int(bool(slot[2])) for slot in _SLOT.finditer(source)}
   return _SLOT.sub(lambda s: str(int(match[s[1]]) - offsets[s[1]] + bool(s[2])), target)
@@ -144,8 +143,7 @@ def list_problems(problems: Sequence[str]) -> str:
 def check_finite(arrays: Mapping[str, Any], source: str) -> None:
   """Checks that weights, arrays by key or a tree of them, are finite."""
   flat: dict[str, Any] = dict(traverse_util.flatten_dict(dict(arrays), sep="/"))
-  broken = [key for key, array in flat.items() if not _is_finite(array)]
-  if broken:
+  if broken := [key for key, array in flat.items() if not _is_finite(array)]:
     first = ", ".join(broken[:_MAX_NAMED])
     more = len(broken) - _MAX_NAMED
     raise WeightsError(
@@ -193,8 +191,7 @@ def unroll(parameters: Mapping[str, Array]) -> Flat:
   """Splits scanned layers, `blocks/x` [depth ...], into `block_0/x`, `block_1/x`, ..."""
   flat: Flat = {}
   for path, array in parameters.items():
-    match = _layer_patterns()[0].fullmatch(path)
-    if match is None:
+    if (match := _layer_patterns()[0].fullmatch(path)) is None:
       flat[path] = array
     else:
       head, name, rest = match.groups(default="")

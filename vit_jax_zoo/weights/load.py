@@ -136,8 +136,7 @@ def load_into(
   """
   checkpoint = read_checkpoint(hub.resolve(path))
   checkpoint = checkpoint.fit_positions_to(flatten_variables(variables), position_grid, resize)
-  network = checkpoint.trained_network
-  if network and network in variables["params"]:
+  if (network := checkpoint.trained_network) and network in variables["params"]:
     inner = _fit(checkpoint, {"params": variables["params"][network]})["params"]
     return {**variables, "params": {**variables["params"], network: inner}}
   return _fit(checkpoint, variables)

@@ -259,8 +259,7 @@ def _load_torch(torch: Any, file: str, path: str) -> Any:
       return torch.load(file, map_location="cpu", weights_only=True)
   except pickle.UnpicklingError as error:
     # Only the message names the code in files of PyTorch's legacy format, before version 1.6.
-    code = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if code:
+    if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
       wrong = f"{path}: a pickle with code ({code[1]}), which was not executed"
       raise WeightsError(f"{wrong}; expected tensors only") from None
     raise WeightsError(f"{path}: truncated; expected a PyTorch file") from None

@@ -92,9 +92,9 @@ def test_test_split_without_labels_raises_when_opened(tmp_path):
 
 
 OBJECTS = {
-  "bbox": [[[2, 3, 10, 8], [0, 0, -1, 4]], []],
-  "category": [[1, 0], []],
-  "iscrowd": [[0, 0], []],
+  "bbox": [[[2, 3, 10, 8], [0, 0, -1, 4], [1, 1, 4, 4]], []],
+  "category": [[1, 0, 0], []],
+  "iscrowd": [[0, 0, 1], []],
 }
 
 
@@ -110,11 +110,13 @@ def test_objects(as_list, tmp_path, caplog):
     kind = {"objects": {key: List(feature) for key, feature in fields.items()}}
   source = load_source(saved(rows(kind, objects=columns), tmp_path), "all")
   assert source.info.class_names == ("nut", "bolt")
-  assert (source.info.max_objects, source.info.num_objects) == (2, 2)
+  assert (source.info.max_objects, source.info.num_objects) == (3, 1)
   assert "1 boxes" in caplog.text
   example = source[0]
-  np.testing.assert_array_equal(example["boxes_xyxy"], [[2, 3, 12, 11]])
-  assert (example["labels"], example["area"]) == ([1], [80])
+  np.testing.assert_array_equal(example["boxes_xyxy"], [[2, 3, 12, 11], [1, 1, 5, 5]])
+  np.testing.assert_array_equal(example["labels"], [1, 0])
+  np.testing.assert_array_equal(example["area"], [80, 16])
+  np.testing.assert_array_equal(example["is_crowd"], [False, True])
   assert source[1]["boxes_xyxy"].shape == (0, 4)
   load = build_transforms([dict(name="load_objects"), dict(name="pad_objects", num=2)])
   assert next(iter(eval_batches(source, load, batch_size=1)))["labels"].shape == (1, 2)

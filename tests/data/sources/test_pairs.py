@@ -156,6 +156,14 @@ def test_two_references_of_one_stem_raise(tmp_path):
     load_source(f"pairs:{tmp_path}", "train")
 
 
+def test_reference_without_image_logged(tmp_path, caplog):
+  write(tmp_path / "train/input/a.png", 1)
+  write(tmp_path / "train/ref/a/1.png", 2)
+  write(tmp_path / "train/ref/b.png", 3)
+  assert levels(load_source(f"pairs:{tmp_path}", "train")) == [(1, 2)]
+  assert "1 references without an image of their name, not used: b.png" in caplog.text
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_reference_file_and_folder_raise(suffix, tmp_path):
   write(tmp_path / "train/input/a.jpg")

@@ -117,6 +117,13 @@ def test_unknown_processor_field_raises(processor, field):
     read_preprocess(processor, "folder/preprocessor_config.json")
 
 
+def test_other_class_logged(caplog):
+  read_preprocess({"image_processor_type": "DetrImageProcessorFast"}, "file")
+  assert not caplog.records
+  read_preprocess({"image_processor_type": "MaskFormerImageProcessor"}, "file")
+  assert "MaskFormerImageProcessor is read as DetrImageProcessor" in caplog.text
+
+
 def test_size_as_list_and_pad_size_as_number():
   preprocess = read_preprocess({"size": [480, 640], "pad_size": 700}, "file")
   assert preprocess.resized_size(100, 100) == (480, 640)

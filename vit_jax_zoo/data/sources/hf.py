@@ -194,13 +194,14 @@ def _open(info: base.DatasetInfo, split: str, rows: Rows, image: str, target: Ta
   """Opens a split of detection or segmentation, and checks its objects."""
   info = dataclasses.replace(info, name=f"{info.name} {split}")
   if isinstance(target, Boxes):
-    counts, wrong, odd = [], [], 0
+    counts, wrong, odd, kept = [], [], 0, 0
     for row, objects in enumerate(_column(rows, target.key)):
       try:
-        boxes, good, _ = _read_objects(objects, target)
+        boxes, good, fields = _read_objects(objects, target)
       except ValueError as error:
         raise ValueError(f"{info.name}[{row}].{target.key}.{error}") from None
       counts.append(len(boxes))
+      kept += int((good & ~_crowds(fields, len(boxes))).sum())
       wrong += [f"[{row}]"] * int((~good).sum())
       odd += (good & ((boxes.max(axis=1, initial=0) > 1.5) == target.relative)).sum()
     if odd:
@@ -210,7 +211,7 @@ def _open(info: base.DatasetInfo, split: str, rows: Rows, image: str, target: Ta
     if wrong:
       text = "%s: %d boxes with NaN or a negative side, left out: %s"
       logging.warning(text, info.name, len(wrong), ", ".join(wrong[:3]))
-    info = dataclasses.replace(info, max_objects=max(counts, default=0), num_objects=sum(counts))
+    info = dataclasses.replace(info, max_objects=max(counts, default=0), num_objects=kept)
   return HfSource(info, rows, _files(split, rows, None), image, target)
 
 
@@ -261,11 +262,14 @@ def _objects_example(image: bytes, row: int, objects: Any, spec: Boxes) -> base.
   if spec.relative:
     height, width = images.image_size(image)
     boxes = boxes * (width, height, width, height)
-  crowds = fields.get("iscrowd", fields.get("is_crowd")) or np.zeros(len(boxes))
   of_boxes = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
   area = np.array(fields.get("area") or of_boxes, np.float64)
   area = np.where(area >= 0, area, of_boxes)  # NaN or None
   labels = np.array([spec.class_ids[category] for category in fields.get("category", [])], int)
-  columns = {"is_crowd": crowds, "area": area, "ids": np.arange(len(boxes))}
-  columns = {key: np.asarray(values)[good] for key, values in columns.items()}
+  columns = {"is_crowd": _crowds(fields, len(boxes)), "area": area, "ids": np.arange(len(boxes))}
+  columns = {key: values[good] for key, values in columns.items()}
   return objects_example(image, row, boxes[good], labels[good], **columns)
+
+
+def _crowds(fields: Mapping[str, Any], count: int) -> np.ndarray:
+  return np.array(fields.get("iscrowd", fields.get("is_crowd")) or [0] * count, bool)

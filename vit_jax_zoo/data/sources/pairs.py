@@ -7,10 +7,13 @@ have only the split `test`.
 """
 
 import functools
+import itertools
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
+
+from absl import logging
 
 from vit_jax_zoo.data.images import suffixes
 from vit_jax_zoo.data.sources import base
@@ -92,7 +95,7 @@ def _find_layout(root: pathlib.Path) -> dict[str, Callable[[], Pairs]]:
   if found:
     return found
   if (root / "input").is_dir():
-    whole = functools.partial(_named_alike, root / "input", root / "ref")
+    whole = functools.cache(functools.partial(_named_alike, root / "input", root / "ref"))
     parts = {"train": False, "test": True}
     return {"all": whole} | {k: functools.partial(_hashed, whole, v) for k, v in parts.items()}
   if (root / _SUN80).is_dir():
@@ -123,6 +126,10 @@ def _named_alike(inputs: pathlib.Path, references: pathlib.Path) -> Pairs:
     if found and first.setdefault(found, image) != image:
       both = f"{first[found]}, {image}"
       raise ValueError(f"{both}: one reference, {found[0]}; expected {references / image.name}")
+  used = {path for found in first for path in found}
+  if unused := set(itertools.chain(*files.values())) - used - {path.parent for path in used}:
+    text = "%s: %d references without an image of their name, not used: %s"
+    logging.warning(text, references, len(unused), min(unused).name)
   return pairs
 
 

@@ -128,6 +128,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
 
 def read_preprocess(processor: Mapping[str, Any], source: str) -> Preprocess:
   """Returns the preprocessing of a `DetrImageProcessor`, from the file's content ({}: defaults)."""
+  json_files.kind_of(processor, "Detr")
   padding = processor.get("do_pad", True) and processor.get("pad_size")
   size = processor.get("size") or 800
   size = {"shortest_edge": size} if isinstance(size, int) else size
