@@ -209,8 +209,7 @@ def _open_evaluations(
 
 def _check_objects(section: str, info: DatasetInfo) -> None:
   if info.num_objects == 0:
-    text = f"{info.name} has no annotated objects, or only crowds"
-    raise ValueError(f"{section}: {text}; expected at least one. Set another split")
+    raise ValueError(f"{section}: {info.name}: no annotated objects, or only crowds; set another")
 
 
 def _open(open_source: Callable[..., Source], spec: Any, split: str = "split") -> Source:

@@ -23,7 +23,7 @@ def unknown_name(kind: str, given: str, known: Iterable[str]) -> str:
   nearest = difflib.get_close_matches(given.lower(), lower, n=1)
   nearest = nearest or [name for name in lower if len(given) > 2 and given.lower() in name]
   hint = f"; did you mean {lower[nearest[0]]!r}? Known" if nearest else "; known"
-  return f"unknown {kind} {given!r}{hint}: {', '.join(name or repr(name) for name in names)}"
+  return f"unknown {kind} {given!r}{hint}: {', '.join(names)}"
 
 
 def check_names(kind: str, given: Iterable[str], known: Iterable[str]) -> None:

@@ -173,14 +173,15 @@ def write_card(
   classes = "".join(["\n\nClasses:\n", *(f"\n- {name}" for name in listed)]) if names else ""
   count = sum(leaf.size for leaf in jax.tree.leaves(pretrained.variables["params"]))
   steps = enumerate(programs.preprocessing_steps(pretrained), 1)
-  is_whole = form in PROGRAMS and '"in_program"' in (output / programs.NOTES_FILE).read_text()
-  by_program = "The program does all steps; its input is uint8 RGB of any size.\n\n" * is_whole
+  notes = json.loads((output / programs.NOTES_FILE).read_text()) if form in PROGRAMS else {}
+  whole = "The program does all steps; its input is uint8 RGB of any size.\n\n"
   sections = {
     "Use": f"```python\n{_usage(output, form, hub_name)}```",
     "Architecture": f"{type(model).__name__}, {count:,} parameters.\n\n{_table(others)}",
     "Data": f"Training data: {dataset or 'unknown'}." + classes,
     "Metrics": f"{measured}{_table(scores)}" if scores else "Not measured.",
-    "Preprocessing": by_program + "\n".join(f"{i}. {step}" for i, step in steps),
+    "Preprocessing": (whole if "in_program" in notes else "")
+    + "\n".join(f"{i}. {step}" for i, step in steps),
   }
   text = f"# {title}\n\nLicence: {license_id}; {MADE_BY} as `{form}`.\n"
   text += "".join(f"\n## {name}\n\n{content}\n" for name, content in sections.items())
@@ -220,8 +221,10 @@ def _front_matter(title: str, scores: Any, tests: Mapping[str, str], **metadata:
   except ImportError:
     logging.info("model card: no metadata of the hub; pip install -e '.[hub]'")
     return ""
-  task, found = metadata["pipeline_tag"], scores.items() if tests else ()
-  results = [hf.EvalResult(task, *[tests[k.split("/")[0]]] * 2, k, v) for k, v in found if task]
+  task, results = metadata["pipeline_tag"], []
+  for metric, value in scores.items() if task and tests else ():
+    dataset = tests[metric.partition("/")[0]]
+    results.append(hf.EvalResult(task, dataset, dataset, metric, value))
   more = {"model_name": title, "eval_results": results} if results else {}
   return f"---\n{hf.ModelCardData(**metadata, **more).to_yaml()}\n---\n\n"
 

@@ -36,7 +36,7 @@ def test_image_kinds_give_one_result(vit_run, tmp_path):
   assert json.loads(json.dumps(result.to_dict())) == result.record
   assert result._repr_png_().startswith(b"\x89PNG")
   assert result.draw().mode == "RGB"
-  with pytest.raises(ValueError, match=r"picture 'heads'; known: ''"):
+  with pytest.raises(ValueError, match=r"draw: 'heads'; expected one of .''., '' is the main"):
     result.draw("heads")
   gray = predict(pixels[..., 0])
   assert gray.record == predict(np.stack([pixels[..., 0]] * 3, axis=-1)).record

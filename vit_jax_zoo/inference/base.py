@@ -112,7 +112,8 @@ class Result:
 
   def draw(self, name: str = "") -> PIL.Image.Image:
     """Returns a picture, by default the main one; ValueError for an unknown name."""
-    check_names("picture", [name], self.pictures)
+    if name not in self.pictures:
+      raise ValueError(f"draw: {name!r}; expected one of {[*self.pictures]}, '' is the main one")
     picture = self.pictures[name]
     return PIL.Image.fromarray(render(picture) if isinstance(picture, Figure) else picture)
 

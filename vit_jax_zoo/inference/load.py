@@ -49,7 +49,7 @@ def load_pretrained(path: str, **options: Any) -> Pretrained:
     dict(run.variables),
     preprocess if run.requested_size is None else preprocess.at_size(run.requested_size),
     {**config, "image_size": run.size},
-    task=run.config["task"]["name"],
+    task=run.task_name,
     task_fields=task_fields,
   )
 
@@ -67,7 +67,7 @@ def load(
     run = _Run.read(path, options)
     return Trained(
       source=path,
-      task=create_task(run.config["task"]["name"], run.model, **(run.task_fields() | named)),
+      task=create_task(run.task_name, run.model, **(run.task_fields() | named)),
       variables=run.variables,
       prepare=run.prepare(),
       image_size=run.size,
@@ -105,8 +105,7 @@ def predictor(
   for the model's task: `top_k`, `explain`, `reference` (an image), ...; ValueError for others.
   """
   if not isinstance(model, str | pathlib.Path) or not str(model):
-    expected = "expected a run, a published file or folder, or a name of list_models"
-    raise ValueError(f"model: {model!r}; {expected}(pretrained=True)")
+    raise ValueError(f"model: {model!r}; expected a run, a published file or folder, or its name")
   if batch_size is not None and batch_size < 1:
     raise ValueError(f"batch_size: {batch_size}; expected at least 1")
   images = {option.name for option in base.list_options() if option.type is pathlib.Path}
@@ -182,6 +181,10 @@ class _Run:
   def size(self) -> Size | None:
     return self.requested_size or self.trained_size
 
+  @property
+  def task_name(self) -> str:
+    return self.config["task"]["name"]
+
   def task_fields(self) -> dict[str, Any]:
     """Returns the fields of the task except its name, filled from the data."""
     fields = fill_from_data(self.config["task"], self.data)
@@ -213,7 +216,7 @@ class _Run:
     """Returns the evaluation's transforms as the preprocessing of a pretrained model."""
     if exported := self.config.get("preprocess"):  # of a published model with --format=orbax
       return Preprocess(**_frozen(exported))
-    fields, task_class = self.task_fields(), tasks()[self.config["task"]["name"]]
+    fields, task_class = self.task_fields(), tasks()[self.task_name]
     names = ("image_mean", "image_std")
     mean, std = (_frozen(fields.get(n, getattr(task_class, n, 0.5))) for n in names)
     target = self.trained_size or (224, 224)
@@ -280,9 +283,9 @@ def _checked(run: _Run) -> _Run:
 
 
 def _refitted(run: _Run) -> Variables:
-  if run.config["task"]["name"] != "classification":
+  if run.task_name != "classification":
     remedy = "image_size and num_classes can be changed for classifiers"
-    raise ValueError(f"{run.path}: a run of {run.config['task']['name']}; {remedy}")
+    raise ValueError(f"{run.path}: a run of {run.task_name}; {remedy}")
   model = run.model
   token_grid = getattr(model, "token_grid", None)
   if token_grid is None:  # only the head's shape differs

@@ -94,8 +94,7 @@ def is_fused(query: Float[Array, "b ..."], queries: int, keys: int) -> bool:
     return False
   precision = jax.config.jax_default_matmul_precision  # pyrefly: ignore[missing-attribute]
   has_precision = query.dtype == jnp.float32 or precision in (None, "default", "bfloat16")
-  long = min(queries, keys) >= MIN_LENGTH
-  return long and has_precision and isinstance(query.shape[0], int)
+  return min(queries, keys) >= MIN_LENGTH and has_precision and isinstance(query.shape[0], int)
 
 
 def attend_fused(

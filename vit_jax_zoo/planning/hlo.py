@@ -232,7 +232,8 @@ def _moved(module: Module, instruction: Instruction, shapes: Mapping[str, Instru
     return _moved_by_fusion(module, instruction, shapes)
   written = shape_bytes(instruction.shape, main_memory=True)
   if opcode in _SLICES:
-    return written + bool(_read(instruction.operands[0], shapes)) * shape_bytes(instruction.shape)
+    is_read = _read(instruction.operands[0], shapes) > 0  # from main memory
+    return written + (shape_bytes(instruction.shape) if is_read else 0.0)
   if opcode == "dynamic-update-slice":
     update = shapes[instruction.operands[1]].shape
     return shape_bytes(update, main_memory=True) + (shape_bytes(update) if written else 0.0)

@@ -21,8 +21,7 @@ def _read_convolution(array: Array, _: tuple[int, ...]) -> Array:
 
 def _read_matrix(array: Array, shape: tuple[int, ...]) -> Array:
   # Sizes are compared first: a file of the wrong shape must be reported, not forced.
-  fits = array.ndim == 2 and array.size == math.prod(shape)
-  return array.T.reshape(shape) if fits else array
+  return array.T.reshape(shape) if array.ndim == 2 and array.size == math.prod(shape) else array
 
 
 def _read_pointwise(array: Array, shape: tuple[int, ...]) -> Array:

@@ -253,8 +253,7 @@ def _read_objects(objects: Any, spec: Boxes) -> tuple[np.ndarray, np.ndarray, Ma
   if spec.box_format != "xyxy":
     second = first + second
   boxes = np.concatenate([first, second], axis=1)
-  good = np.isfinite(boxes).all(axis=1) & np.all(second >= first, axis=1)
-  return boxes, good, objects
+  return boxes, np.isfinite(boxes).all(axis=1) & np.all(second >= first, axis=1), objects
 
 
 def _objects_example(image: bytes, row: int, objects: Any, spec: Boxes) -> base.Example:

@@ -242,8 +242,11 @@ class _Layer(nn.Module):
 
   def _feed_forward(self, x: Tokens, *, train: bool) -> Tokens:
     fan_in = {(self.mlp_dim,): x.shape[-1], (x.shape[-1],): self.mlp_dim}  # by shape of the bias
-    init = {"bias_init": lambda *args: pytorch_uniform(fan_in[args[1]])(*args)}
-    mlp = Mlp(self.mlp_dim, "relu", self.dropout_rate, **init, dtype=self.dtype, name="mlp")
+
+    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> Array:
+      return pytorch_uniform(fan_in[shape])(key, shape, dtype)
+
+    mlp = Mlp(self.mlp_dim, "relu", self.dropout_rate, bias_init=init, dtype=self.dtype, name="mlp")
     norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="mlp_norm")
     return norm(x + mlp(x, train=train))
 
@@ -317,8 +320,7 @@ class MaskAttention(nn.Module):
     query = project(name="query")(queries) * heads[1] ** -0.5
     key = project(name="key")(memory)
     scores = jnp.einsum("bqmc,bhwmc->bqhwm", query, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(keep[:, None, :, :, None], scores, MASKED)
-    return jax.nn.softmax(scores, axis=(2, 3, 4))
+    return jax.nn.softmax(jnp.where(keep[:, None, :, :, None], scores, MASKED), axis=(2, 3, 4))
 
 
 class MaskHead(nn.Module):
@@ -370,8 +372,7 @@ class MaskHead(nn.Module):
     if x.shape[-1] % groups:
       wrong = f"width: {self.width}, {x.shape[-1]} channels in layer {index} of the mask head"
       raise ValueError(f"{wrong}; expected a multiple of 64, with num_heads=8")
-    norm = nn.GroupNorm(groups, epsilon=1e-5, dtype=self.dtype, name=f"norm{index}")
-    return nn.relu(norm(x))
+    return nn.relu(nn.GroupNorm(groups, epsilon=1e-5, dtype=self.dtype, name=f"norm{index}")(x))
 
 
 class _MaskedResNet(ResNet):

@@ -58,8 +58,7 @@ _MASK_ROWS = (
 
 def with_mask_head(rows: Iterable[Row]) -> tuple[Row, ...]:
   """Adds the rows of a mask head, beside which the detector's keys begin with "detr."."""
-  detector = (Row(f"detr.{row.published}", row.ours, row.transform) for row in rows)
-  return (*detector, *_MASK_ROWS)
+  return (*(Row(f"detr.{row.published}", row.ours, row.transform) for row in rows), *_MASK_ROWS)
 
 
 TABLE: tuple[Row, ...] = (

@@ -151,8 +151,7 @@ def join(flat: Mapping[str, np.ndarray]) -> Flat:
   flat[_EMBEDDING] = np.concatenate([flat[_EMBEDDING], flat.pop(_SOS)[None]])
   layers = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
   widths = {k.replace("weight", "bias"): a.shape[1] for k, a in flat.items() if k.endswith(layers)}
-  zeros = {key: np.zeros(width, np.float32) for key, width in widths.items()}
-  return {**zeros, **flat}
+  return {key: np.zeros(width, np.float32) for key, width in widths.items()} | flat
 
 
 def infer_fields(published: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,8 +62,7 @@ def flattened_crops(side: int) -> Transform:
   def read_array(array: Array, shape: tuple[int, ...]) -> Array:
     if array.ndim != 2 or array.shape[1] % side**2 or array.size != math.prod(shape):
       return array
-    grouped = array.reshape(len(array), -1, side, side)
-    return grouped.transpose(2, 3, 1, 0).reshape(shape)
+    return array.reshape(len(array), -1, side, side).transpose(2, 3, 1, 0).reshape(shape)
 
   def write_array(array: Array) -> Array:
     grouped = array.reshape(side, side, -1, array.shape[-1])

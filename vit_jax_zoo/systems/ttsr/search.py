@@ -183,8 +183,7 @@ def _shifted(padded: Array, offset: Int[Array, " 2"], size: tuple[int, int]) -> 
 
 
 def _pad(x: Array, value: Any = 0) -> Array:
-  widths = ((0, 0), (1, 1), (1, 1)) + ((0, 0),) * (x.ndim - 3)
-  return jnp.pad(x, widths, constant_values=value)
+  return jnp.pad(x, ((0, 0), (1, 1), (1, 1), *[(0, 0)] * (x.ndim - 3)), constant_values=value)
 
 
 def _offsets() -> Int[Array, "9 2"]:

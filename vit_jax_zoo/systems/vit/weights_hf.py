@@ -116,8 +116,7 @@ def state_dict(params: Mapping[str, np.ndarray]) -> Flat:
   """Returns parameters under Hugging Face's keys, those of a classifier if there is a head."""
   if "pre_logits/kernel" in params and "head/kernel" in params:
     raise WeightsError("Hugging Face has no model with both pre_logits and head; drop one of them")
-  rows = CLASSIFIER_TABLE if "head/kernel" in params else BASE_TABLE
-  return write(unroll(params), rows)
+  return write(unroll(params), CLASSIFIER_TABLE if "head/kernel" in params else BASE_TABLE)
 
 
 def write_checkpoint(path: str, export: Pretrained) -> None:
