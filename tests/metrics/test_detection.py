@@ -10,7 +10,6 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from vit_jax_zoo.metrics.classification import ClassificationEvaluator
 from vit_jax_zoo.metrics.detection import DetectionEvaluator
 
 CLASSES, TARGETS, QUERIES = 5, 7, 12
@@ -188,5 +187,3 @@ def test_invalid_inputs_raise():
   batch = split[0][0] | {"labels": np.full((1, TARGETS), 5), "is_target": np.ones((1, 7), bool)}
   with pytest.raises(ValueError, match="labels: 5"):
     DetectionEvaluator(CLASSES).add(batch, split[0][1])
-  with pytest.raises(TypeError, match="ClassificationEvaluator"):
-    DetectionEvaluator(CLASSES).merge(ClassificationEvaluator(CLASSES))

@@ -41,7 +41,7 @@ class SquaredError(Evaluator):
     self.total += float(np.sum(((predictions["y"] - batch["y"]) ** 2)[mask]))
     self.count += int(mask.sum())
 
-  def _merge(self, other):
+  def merge(self, other):
     self.total += other.total
     self.count += other.count
 

@@ -20,15 +20,9 @@ class Evaluator(abc.ABC):
   def add(self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]) -> None:
     """Adds one batch; rows whose `batch["mask"]` is False are padding and do not count."""
 
-  def merge(self, other: "Evaluator") -> None:
-    """Adds all examples of another host's evaluator; TypeError for another class."""
-    if not isinstance(other, type(self)):
-      raise TypeError(f"cannot merge a {type(other).__name__} into a {type(self).__name__}")
-    self._merge(other)
-
   @abc.abstractmethod
-  def _merge(self, other: Any) -> None:
-    """Implements `merge`; `other` is of the same class."""
+  def merge(self, other: Any) -> None:
+    """Adds all examples of another host's evaluator, of the same class."""
 
   @abc.abstractmethod
   def result(self) -> dict[str, float]:

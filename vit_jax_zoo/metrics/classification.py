@@ -60,7 +60,7 @@ class ClassificationEvaluator(Evaluator):
       rows, classes = (all_rows, labels) if labels.ndim == 1 else np.nonzero(labels > 0)
       self.pairs.update(zip(classes.tolist(), ranked[rows, 0].tolist(), strict=True))
 
-  def _merge(self, other: Any) -> None:
+  def merge(self, other: Any) -> None:
     self.images += other.images
     self.loss += other.loss
     self.ranks = max(self.ranks, other.ranks)

@@ -57,7 +57,7 @@ class DetectionEvaluator(Evaluator):
     rows = real_rows(batch, len(batch["image"]))
     self.images += [self._image(batch, predictions, int(row)) for row in rows]
 
-  def _merge(self, other: Any) -> None:
+  def merge(self, other: Any) -> None:
     self.images += other.images
 
   def result(self) -> dict[str, float]:

@@ -5,7 +5,6 @@ import pickle
 import numpy as np
 import pytest
 
-from vit_jax_zoo.metrics.classification import ClassificationEvaluator
 from vit_jax_zoo.systems.fpt.task import SegmentationEvaluator
 
 
@@ -81,5 +80,3 @@ def test_invalid_inputs_raise():
     score([(batch([0, 0]), batch([0, 0, 0]))])
   with pytest.raises(ValueError, match="label_map"):
     score([(batch([255]), batch([0]))])
-  with pytest.raises(TypeError, match="cannot merge"):
-    SegmentationEvaluator(4).merge(ClassificationEvaluator(4))

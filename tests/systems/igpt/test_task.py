@@ -12,7 +12,6 @@ from flax import traverse_util
 from safetensors.numpy import load_file
 
 from tests.conftest import golden_folder
-from vit_jax_zoo.metrics.classification import ClassificationEvaluator
 from vit_jax_zoo.systems.igpt import palette
 from vit_jax_zoo.systems.igpt import task as igpt_task
 from vit_jax_zoo.systems.igpt import weights_hf as igpt_hf
@@ -324,8 +323,6 @@ def test_best_metric_depends_on_class_weight():
   assert make_task({"num_classes": 3}, class_weight=0.5).best_metric == "accuracy"
   with pytest.raises(ValueError, match="no image was evaluated"):
     PixelEvaluator().result()
-  with pytest.raises(TypeError, match="ClassificationEvaluator"):
-    PixelEvaluator().merge(ClassificationEvaluator(3))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio
 
-from vit_jax_zoo.metrics.classification import ClassificationEvaluator
 from vit_jax_zoo.systems.ttsr.psnr_ssim import SCORES, SuperResolutionEvaluator, psnr_y, score
 
 
@@ -151,8 +150,6 @@ def test_psnr_of_equal_images_infinite():
   assert score(image, image)["psnr"] == score(image, image)["skimage_psnr"] == np.inf
 
 
-def test_no_images_and_wrong_merge_raise():
+def test_no_images_raise():
   with pytest.raises(ValueError, match="no image was evaluated"):
     SuperResolutionEvaluator().result()
-  with pytest.raises(TypeError, match="cannot merge"):
-    SuperResolutionEvaluator().merge(ClassificationEvaluator(3))

@@ -171,8 +171,8 @@ class PanopticEvaluator(QueryMaskEvaluator):
     false[columns] = False
     np.add.at(self.false_positives, found.labels[false], 1)
 
-  def _merge(self, other: Any) -> None:
-    super()._merge(other)
+  def merge(self, other: Any) -> None:
+    super().merge(other)
     for name in ("iou", "true_positives", "false_negatives", "false_positives"):
       setattr(self, name, getattr(self, name) + getattr(other, name))  # of disjoint images
 

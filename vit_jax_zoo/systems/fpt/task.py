@@ -204,7 +204,7 @@ class SegmentationEvaluator(Evaluator):
       self.confusion += pairs.reshape(self.confusion.shape)
       self.images += 1
 
-  def _merge(self, other: Any) -> None:
+  def merge(self, other: Any) -> None:
     self.confusion += other.confusion
     self.images += other.images
 

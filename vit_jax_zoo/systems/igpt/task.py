@@ -249,7 +249,7 @@ class PixelEvaluator(Evaluator):
     self.sums["images"] += len(real)
     self.sums.update({n: float(np.asarray(predictions[n], np.float64)[real].sum()) for n in names})
 
-  def _merge(self, other: Any) -> None:
+  def merge(self, other: Any) -> None:
     self.sums.update(other.sums)
 
   def result(self) -> dict[str, float]:

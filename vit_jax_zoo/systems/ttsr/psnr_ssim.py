@@ -97,7 +97,7 @@ class SuperResolutionEvaluator(Evaluator):
       self.counts.update({name: not math.isinf(value) for name, value in scores.items()})
       self.sums.update({k: 0.0 if math.isinf(value) else value for k, value in scores.items()})
 
-  def _merge(self, other: Any) -> None:
+  def merge(self, other: Any) -> None:
     self.images += other.images
     self.sums.update(other.sums)
     self.counts.update(other.counts)
