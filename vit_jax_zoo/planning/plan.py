@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from absl import logging
 from jax.experimental.compilation_cache import compilation_cache
+from matplotlib.ticker import EngFormatter
 from ml_collections import ConfigDict
 
 from vit_jax_zoo import trainer
@@ -383,7 +384,7 @@ def report(plan: Plan) -> str:
     ("  activations", f"{gib(memory.activations)} for the backward pass, before fusion by XLA"),
     ("  temporaries", f"{gib(memory.temporary)}, including activations and gradients"),
     ("  program", gib(memory.code)),
-    ("FLOPs", _count(plan.flops, "FLOP")),
+    ("FLOPs", EngFormatter("FLOP", places=2)(plan.flops)),
     *_traffic_rows(plan),
     *_time_rows(plan),
   ]
@@ -426,13 +427,6 @@ def seconds(value: float | None) -> str:
   return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
 
 
-def _count(value: float, unit: str) -> str:
-  for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-    if value >= size:
-      return f"{value / size:.2f} {prefix}{unit}"
-  return f"{value:.0f} {unit}"
-
-
 def _thousands(value: float) -> str:
   return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -440,10 +434,11 @@ def _thousands(value: float) -> str:
 def _traffic_rows(plan: Plan) -> list[tuple[str, str]]:
   if plan.memory_bytes is None or plan.network_bytes is None:
     return []
-  kinds = [f"{kind} {_count(sent, 'B')}" for kind, sent in sorted(plan.network_bytes.items())]
-  total = _count(sum(plan.network_bytes.values()), "B")
+  shown = EngFormatter("B", places=2)
+  kinds = [f"{kind} {shown(sent)}" for kind, sent in sorted(plan.network_bytes.items())]
+  total = shown(sum(plan.network_bytes.values()))
   return [
-    ("memory traffic", _count(plan.memory_bytes, "B")),
+    ("memory traffic", shown(plan.memory_bytes)),
     ("network traffic", f"{total} ({', '.join(kinds)})" if kinds else "none"),
     ("compile time", f"{plan.compile_seconds:.0f} s ({plan.compile_cpu_seconds:.0f} CPU s)"),
   ]
