@@ -423,6 +423,13 @@ def test_options_of_all_predictors():
     Options(topk=3)
 
 
+@pytest.mark.parametrize(("name", "value"), [("top_k", "2"), ("top_k", 2.5), ("explain", "yes")])
+def test_option_of_another_type_raises(name, value):
+  with pytest.raises(ValueError, match=f"--{name}: {value!r}; expected"):
+    Options(**{name: value})
+  assert Options(threshold=1, top_k=np.int64(2)).top_k == 2
+
+
 def test_unsupported_options_raise(vit_run, igpt_run, tmp_path):
   with pytest.raises(ValueError, match=r"--samples: .*--explain"):
     predictor_of(vit_run, samples=3)

@@ -67,8 +67,9 @@ def test_what_cannot_be_predicted_raises(vit_run, tmp_path):
   ):
     with pytest.raises(ValueError, match=message):
       predict([photo(0), image])
-  with pytest.raises(ValueError, match="batch_size: 0"):
-    zoo.predictor(str(vit_run), batch_size=0)
+  for wrong in (0, "2"):
+    with pytest.raises(ValueError, match=f"batch_size: {wrong!r}"):
+      inspect.unwrap(zoo.predictor)(str(vit_run), batch_size=wrong)
   with pytest.raises(ValueError, match=r"^model: None; expected a run"):
     inspect.unwrap(zoo.predictor)(None)  # without the tests' check of types
   with pytest.raises(ValueError, match=r"^model: ''; expected a run"):

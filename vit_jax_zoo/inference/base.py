@@ -8,7 +8,9 @@ import dataclasses
 import functools
 import io
 import itertools
+import numbers
 import os
+import pathlib
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, overload
@@ -30,6 +32,7 @@ from vit_jax_zoo.tasks.base import Task, Variables
 Image: TypeAlias = UInt8[np.ndarray, "h w 3"]  # A user's picture, decoded: RGB, upright, any size
 ImageLike: TypeAlias = str | os.PathLike | bytes | PIL.Image.Image | np.ndarray  # see `read_image`
 
+_TYPES = {int: numbers.Integral, float: numbers.Real, bool: bool, pathlib.Path: np.ndarray}
 Picture: TypeAlias = Figure | np.ndarray  # written as PNG; pixels are uint8 [h w 3], or [h w]
 
 
@@ -63,6 +66,10 @@ class Options(types.SimpleNamespace):
   def __init__(self, **given: Any) -> None:
     defaults = {option.name: option.default for option in list_options()}
     check_names("option", given, defaults)
+    for option in list_options():
+      value = given.get(option.name)
+      if value is not None and not isinstance(value, _TYPES[option.type]):
+        raise ValueError(f"--{option.name}: {value!r}; expected {option.type.__name__}")
     super().__init__(**{**defaults, **given}, given=frozenset(given))
 
 

@@ -106,8 +106,8 @@ def predictor(
   """
   if not isinstance(model, str | pathlib.Path) or not str(model):
     raise ValueError(f"model: {model!r}; expected a run, a published file or folder, or its name")
-  if batch_size is not None and batch_size < 1:
-    raise ValueError(f"batch_size: {batch_size}; expected at least 1")
+  if batch_size is not None and not (isinstance(batch_size, int) and batch_size > 0):
+    raise ValueError(f"batch_size: {batch_size!r}; expected an integer of at least 1")
   images = {option.name for option in base.list_options() if option.type is pathlib.Path}
   given = {k: base.read_image(v) if k in images else v for k, v in options.items()}
   created = create_predictor(load(model, class_names=class_names), base.Options(**given))
