@@ -169,15 +169,17 @@ class EvaluationProgram:
 
   def initial_variables(self, seed: int, pretrain: Pretrain | None = None) -> Variables:
     """Returns the variables before the first step, each device with its own shards."""
-    abstract = self.abstract_variables
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    init = jax.jit(self.init, out_shardings=shardings)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_variables)
+    # Unoptimized on CPUs, where small models need more time to compile than to draw their weights.
+    on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    init = jax.jit(self.init, out_shardings=shardings, compiler_options=options)
     variables = init(jax.random.split(jax.random.key(seed))[0])
     if pretrain is None:
       return variables
     loaded = pretrain(variables)
     check_equal_arrays(loaded)  # before sharding, after which processes may have different parts
-    return jax.tree.map(_place, abstract, variables, loaded)
+    return jax.tree.map(_place, self.abstract_variables, variables, loaded)
 
 
 @dataclasses.dataclass(frozen=True)
