@@ -234,7 +234,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 if [[ -n $DRY_RUN && $COMMAND == all ]]; then
   python3 -c "import jax" 2>&- || die "--dry-run: needs the package here, too: pip install -e ."
   plan=() && for arg in "$@"; do if [[ $arg == --config* ]]; then plan+=("$arg"); fi; done
-  python3 -m vit_jax_zoo.plan "${plan[@]}" "--topology=$TYPE" --nocompile >&2
+  python3 -m vit_jax_zoo.plan "${plan[@]}" "--topology=$TYPE" --nocompile 2>&1 | sed 's/--topology/--type/' >&2
 fi
 if [[ -n $DRY_RUN ]]; then
   note() { :; }

@@ -164,8 +164,8 @@ def predict_video(
 class Records(contextlib.ExitStack):
   """Writes records to `predictions.jsonl`, and either to `predictions.csv`, at once, or to `.json`.
 
-  The table has a row for each object, or for the best class of each image. ValueError if a file
-  would be replaced that this command did not write.
+  The table has a row for each object or listed class, best first. ValueError if a file would be
+  replaced that this command did not write.
   """
 
   def __init__(self, output: pathlib.Path, form: str, truth: GroundTruth | None = None) -> None:
@@ -203,8 +203,8 @@ class Records(contextlib.ExitStack):
       record = {**record, **result.record}
       shown = f"{name} {record['frame']}" if "frame" in record else name
       cli.show(f"{one_line(shown)}  {one_line(result.summary)}")
-      boxes = [[""] * 4] if result.boxes is None else result.boxes.tolist()
-      found = zip(result.labels, result.scores, boxes, strict=False)
+      boxes = [[""] * 4] * len(result.labels) if result.boxes is None else result.boxes.tolist()
+      found = zip(result.labels, result.scores, boxes, strict=True)
       rows = [[*row, label, score, *box, ""] for label, score, box in found] or [row + [""] * 7]
     self._lines.write(json.dumps(record) + "\n")
     if self._table:

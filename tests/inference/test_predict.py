@@ -117,7 +117,7 @@ def test_foreign_files_not_replaced(tmp_path):
     (tmp_path / name).unlink()
 
 
-def test_line_and_table_row_for_each_image(vit_run, tmp_path, capsys):
+def test_line_and_table_rows_for_each_image(vit_run, tmp_path, capsys):
   paths = images_in(tmp_path, "a.png", "b.png")
   (tmp_path / "text.png").write_text("not an image")
   output, model = tmp_path / "out", predictor_of(vit_run, top_k=2)
@@ -132,14 +132,14 @@ def test_line_and_table_row_for_each_image(vit_run, tmp_path, capsys):
   lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
   rows = list(csv.DictReader((output / "predictions.csv").read_text().splitlines()))
   printed = capsys.readouterr().out.splitlines()[1:]
-  for path, row, line, text in zip(paths, rows, lines, printed, strict=False):
-    best, second = line["top"]
-    assert (row["image"], row["label"], row["left"]) == (str(path), best["name"], "")
-    assert float(row["score"]) == best["probability"]
-    summary = [f"{one['name']} {100 * one['probability']:.1f} %" for one in (best, second)]
+  for i, (path, line, text) in enumerate(zip(paths, lines, printed, strict=False)):
+    for row, one in zip(rows[2 * i : 2 * i + 2], line["top"], strict=True):
+      assert (row["image"], row["label"], row["left"]) == (str(path), one["name"], "")
+      assert float(row["score"]) == one["probability"]
+    summary = [f"{one['name']} {100 * one['probability']:.1f} %" for one in line["top"]]
     assert text == f"{path}  {', '.join(summary)}"
-  assert len(rows) == 3 == len(printed) + 1
-  assert "not an image" in rows[2]["error"] == lines[2]["error"]
+  assert (len(rows), len(printed)) == (5, 2)
+  assert "not an image" in rows[4]["error"] == lines[2]["error"]
 
 
 def test_table_has_row_for_each_object(tmp_path):

@@ -64,6 +64,7 @@ def test_what_cannot_be_predicted_raises(vit_run, tmp_path):
     (np.zeros((4, 4, 4), np.uint8), r"image: uint8 \(4, 4, 4\)"),
     (np.zeros((0, 4, 3), np.uint8), "image: "),
     (tmp_path / "none.png", r"none\.png cannot be read"),
+    (tmp_path, r"cannot be read \(a folder; expected an image file"),
   ):
     with pytest.raises(ValueError, match=message):
       predict([photo(0), image])

@@ -48,6 +48,7 @@ def test_dry_run_checks_config_and_slice(tpu):
   tpu.set(plan_status=2)
   result = tpu.launch("all", *place, "--", *TRICKY)
   assert (result.returncode, result.stdout) == (2, "")
+  assert "error: --type: unknown" in result.stderr
 
 
 def test_dry_run_without_package_raises(tpu):

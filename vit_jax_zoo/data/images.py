@@ -50,7 +50,8 @@ def suffixes() -> frozenset[str]:
 def read_file(file: str | os.PathLike, length: int = -1) -> bytes:
   """Returns the first bytes (-1: all) of a regular file, not of a FIFO; or CorruptExampleError."""
   if not os.path.isfile(file) and os.path.exists(file):
-    raise CorruptExampleError(f"{os.fspath(file)} cannot be read (not a regular file)")
+    kind = "a folder; expected an image file" if os.path.isdir(file) else "not a regular file"
+    raise CorruptExampleError(f"{os.fspath(file)} cannot be read ({kind})")
   try:
     with open(file, "rb") as stream:
       if os.fstat(stream.fileno()).st_size <= MAX_BYTES:

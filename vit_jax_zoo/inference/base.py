@@ -177,7 +177,7 @@ class Predictor(abc.ABC):
     An image is what `read_image` takes; ValueError for one that cannot be read or predicted.
     """
     is_file = isinstance(images, str | os.PathLike | bytes | PIL.Image.Image)
-    is_single = is_file or getattr(images, "ndim", 0) in (2, 3)
+    is_single = is_file or not isinstance(images, Iterable) or getattr(images, "ndim", 0) in (2, 3)
     results: list[Result] = []
     for _, result in predict_each(self, [images] if is_single else images):
       if isinstance(result, ValueError):
@@ -218,7 +218,8 @@ def read_image(source: ImageLike) -> Image:
       raise CorruptExampleError(f"{os.fspath(source)} cannot be read: {error}") from None
   array = np.asarray(source)
   if array.dtype != np.uint8 or not (array.ndim == 2 or array.shape[2:] == (3,)) or not array.size:
-    raise ValueError(f"image: {array.dtype} {array.shape}; expected uint8 [h w 3] (RGB) or [h w]")
+    given = f"image: {array.dtype} {array.shape}"
+    raise ValueError(f"{given}; expected uint8 [h w 3] (RGB) or [h w], 0 to 255")
   return array if array.ndim == 3 else np.stack([array] * 3, axis=2)
 
 

@@ -11,4 +11,6 @@ if sys.argv[1] == "-c":
 with (STATE / "plans.jsonl").open("a") as plans:
   plans.write(json.dumps(sys.argv[1:]) + "\n")
 status = STATE / "plan_status"
-sys.exit(int(status.read_text()) if status.exists() else 0)
+if status.exists():
+  print("error: --topology: unknown", file=sys.stderr)
+  sys.exit(int(status.read_text()))
