@@ -41,11 +41,13 @@ def gray_levels(count: int) -> Callable[[pathlib.Path, bool], Mapping[str, Any]]
   return write
 
 
-def _demo(depth: int = 6, fields: Mapping[str, Any] | None = None, **more: Any) -> Setting:
+def _demo(
+  depth: int = 6, fields: Mapping[str, Any] | None = None, colors: int = 16, **more: Any
+) -> Setting:
   scores = (NATS, PROBE, "probe/pixels", "probe/best_layer")
   scores += tuple(f"probe/layer_{i}" for i in range(depth + 1))
   fields = FIELDS | {"model.depth": depth} | (fields or {})
-  return Setting("igpt:demo", fields, scores, (NATS, PROBE), **more)
+  return Setting(f"igpt:demo,num_colors={colors}", fields, scores, (NATS, PROBE), **more)
 
 
 def _depth(depth: int) -> str:
@@ -55,7 +57,9 @@ def _depth(depth: int) -> str:
 BASE = _depth(6)
 SETTINGS = {_depth(depth): _demo(depth) for depth in DEPTHS} | {
   "masked pixels": _demo(fields={"model.causal": False}),
-  "16 gray levels": _demo(prepare=gray_levels(16)),
+  # Digits have 17 gray levels: 16 would be the palette.
+  "palette of 4": _demo(colors=4),
+  "4 gray levels": _demo(colors=4, prepare=gray_levels(4)),
 }
 
 PARTS = (
@@ -120,14 +124,15 @@ PARTS = (
     columns=table_of(
       {
         "palette of 16": BASE,
-        "16 gray levels": "16 gray levels",
+        "palette of 4": "palette of 4",
+        "4 gray levels": "4 gray levels",
       },
       {"probe accuracy": PROBE, "nats per pixel": NATS},
     ),
     rows="colors",
     axis="probe accuracy",
     compared={
-      "The palette above gray levels": ((BASE, PROBE), ("16 gray levels", PROBE)),
+      "The palette of 4 above 4 gray levels": (("palette of 4", PROBE), ("4 gray levels", PROBE)),
     },
   ),
 )
