@@ -12,6 +12,7 @@ import functools
 import importlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -68,6 +69,7 @@ class Part:
   rows: str  # header of the rows
   axis: str  # label of the plotted scores
   plotted: Sequence[str] = ()  # columns; default: the first
+  ordered: bool = True  # whether a line joins the rows' medians
   # What is checked: the first score is higher than the second.
   compared: Mapping[str, tuple[Cell, Cell]] = dataclasses.field(default_factory=dict)
 
@@ -289,17 +291,23 @@ def table(part: Part, runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(claim: str, parts: Sequence[Part], runs: Sequence[Mapping[str, Any]]) -> Figure:
-  """Draws a panel for each part: median lines over the rows, and a dot for each seed."""
-  figure = Figure(figsize=(4.8 * len(parts), 3.8), dpi=100, layout="constrained")
-  for part, ax in zip(parts, figure.subplots(1, len(parts), squeeze=False)[0], strict=True):
+  """Draws a panel for each part: medians of the rows, and a dot for each seed."""
+  width = min(3, len(parts))
+  height = math.ceil(len(parts) / width)
+  figure = Figure(figsize=(4.8 * width, 3.8 * height), dpi=100, layout="constrained")
+  for i, part in enumerate(parts, 1):
+    ax = figure.add_subplot(height, width, i)
     rows = list(dict.fromkeys(itertools.chain(*part.columns.values())))
     for name in part.plotted or list(part.columns)[:1]:
       cells = {row: by_seed(runs, cell) for row, cell in part.columns[name].items()}
       cells = {rows.index(row): list(cell.values()) for row, cell in cells.items() if cell}
-      (line,) = ax.plot(list(cells), [statistics.median(v) for v in cells.values()], label=name)
+      style = {} if part.ordered else {"linestyle": "", "marker": "_", "ms": 18, "mew": 2}
+      medians = [statistics.median(values) for values in cells.values()]
+      (line,) = ax.plot(list(cells), medians, label=name, **style)
       for x, values in cells.items():
         ax.plot([x] * len(values), values, ".", color=line.get_color())
     ax.set_xticks(range(len(rows)), rows, rotation=20, ha="right", fontsize=8)
+    ax.set_xlim(-0.5, len(rows) - 0.5)
     ax.set(xlabel=part.rows, ylabel=part.axis)
     ax.set_title(texts()[claim][part.key]["title"], fontsize=10)
     ax.grid(axis="y", color="#dddddd", lw=0.6)

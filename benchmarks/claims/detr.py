@@ -118,6 +118,7 @@ PARTS = (
     ),
     rows="losses",
     axis="box AP",
+    ordered=False,
     compared={
       f"All losses have a higher AP than {name}": (("all losses", BOXES[0]), (name, BOXES[0]))
       for name in ("without GIoU", "without L1")
@@ -136,6 +137,7 @@ PARTS = (
     ),
     rows="setting",
     axis="PQ",
+    ordered=False,
     plotted=("PQ", "PQ of shapes", "PQ of textures"),
     compared={
       "Textures have a higher PQ than shapes": (

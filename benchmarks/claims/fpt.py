@@ -86,6 +86,7 @@ PARTS = (
     ),
     rows="pyramid",
     axis="box AP",
+    ordered=False,
     plotted=("AP", "8 to 24 px", "above 24 px"),
     compared={
       **{

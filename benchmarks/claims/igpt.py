@@ -117,6 +117,7 @@ PARTS = (
     ),
     rows="objective",
     axis="probe accuracy",
+    ordered=False,
     compared={"Autoregressive above masked": ((BASE, PROBE), ("masked pixels", PROBE))},
   ),
   Part(
@@ -131,6 +132,7 @@ PARTS = (
     ),
     rows="colors",
     axis="probe accuracy",
+    ordered=False,
     compared={
       "The palette of 4 above 4 gray levels": (("palette of 4", PROBE), ("4 gray levels", PROBE)),
     },

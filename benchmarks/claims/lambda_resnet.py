@@ -152,6 +152,7 @@ PARTS = (
     ),
     rows="lambdas",
     axis="accuracy",
+    ordered=False,
     compared={
       "Both above position only": (("lambdas", ACCURACY), ("position only", ACCURACY)),
       "Position only above content only": (("position only", ACCURACY), ("content only", ACCURACY)),
@@ -179,6 +180,7 @@ PARTS = (
     ),
     rows="layers",
     axis="accuracy",
+    ordered=False,
     compared={
       "Lambdas above self-attention": (("lambdas", ACCURACY), ("self-attention", ACCURACY)),
       "Lambdas above convolutions": (("lambdas", ACCURACY), ("convolutions", ACCURACY)),

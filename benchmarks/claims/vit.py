@@ -109,6 +109,7 @@ PARTS = (
     ),
     rows="setting",
     axis="accuracy",
+    ordered=False,
     compared={
       "Fine-tuning at 64 pixels above fine-tuning at 32": (
         ("fine-tuned at 64 px", ACCURACY),
@@ -124,6 +125,7 @@ PARTS = (
     ),
     rows="position embedding",
     axis="accuracy",
+    ordered=False,
     compared={
       "learned_1d above none": ((BASE, ACCURACY), ("none", ACCURACY)),
       "learned_2d above none": (("learned_2d", ACCURACY), ("none", ACCURACY)),
