@@ -265,9 +265,12 @@ def shown(values: Sequence[float]) -> str:
 
   >>> shown([0.5, 0.25, 1])
   '0.5 (0.25 to 1)'
+  >>> shown([709827.0])
+  '709,827'
   """
-  middle, low, high = statistics.median(values), min(values), max(values)
-  return f"{middle:.4g}" + (f" ({low:.4g} to {high:.4g})" if low < high else "")
+  figures = statistics.median(values), min(values), max(values)
+  middle, low, high = (f"{x:,.0f}" if abs(x) >= 10_000 else f"{x:.4g}" for x in figures)
+  return middle + (f" ({low} to {high})" if low != high else "")
 
 
 def compare(text: str, first: Mapping[int, float], second: Mapping[int, float]) -> str:
