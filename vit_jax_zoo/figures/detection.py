@@ -112,7 +112,7 @@ def grid(rows: int, columns: int, title: str, images: Images) -> tuple[Figure, n
   """Returns a figure with a title and its empty axes [rows columns], as high as the images."""
   rows, aspect = max(rows, 1), float(np.clip(images.shape[1] / images.shape[2], 0.4, 1.6))
   size = (CELL * columns, (CELL * aspect + 0.3) * rows + 0.5)
-  figure = Figure(figsize=size, dpi=110, layout="constrained")
+  figure = Figure(figsize=size, dpi=110, layout="compressed")
   figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
   axes = figure.subplots(rows, columns, squeeze=False)
   for ax in axes.flat:
