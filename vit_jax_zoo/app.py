@@ -132,7 +132,7 @@ def _draw_model(gr: Any, model: Model, folder: str) -> None:
     return [result.summary, result.draw(), others, result.to_dict()]
 
   outputs = [answer, picture, pictures, record]
-  button.click(respond, inputs, outputs)
+  button.click(respond, inputs, outputs, api_name="predict")
   inputs[-1].upload(respond, inputs, outputs)
 
 

@@ -146,9 +146,7 @@ def load(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
 def list_configs() -> list[str]:
   """Returns the shipped configs with their variants, as `--config` takes them: "vit:demo"."""
   files = [file for file in sorted(config_folder().glob("[!_]*.py")) if file.stem != "common"]
-  return [
-    f"{file.stem}:{name}" for file in files for name in _import_config(file.stem, file).VARIANTS
-  ]
+  return [f"{f.stem}:{name}" for f in files for name in _import_config(f.stem, f).VARIANTS]
 
 
 def _import_config(name: str, path: pathlib.Path) -> Any:

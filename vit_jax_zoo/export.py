@@ -56,7 +56,7 @@ def define_flags() -> None:
   flags.DEFINE_string("format", None, "output format; see above")
   flags.DEFINE_string("output", None, "output folder or file")
   flags.DEFINE_integer("image_size", None, "image size; position embeddings are interpolated")
-  flags.DEFINE_bool("with_preprocessing", False, "programs take uint8 images of any size")
+  flags.DEFINE_bool("with_preprocessing", False, "programs take uint8 images, from 2 x 2 pixels")
   flags.DEFINE_string("license", "unknown", "licence in the model card: apache-2.0, mit, ...")
   flags.DEFINE_string("push_to_hub", None, "user/name: also uploads all to the Hugging Face hub")
 
@@ -172,16 +172,17 @@ def write_card(
   listed = [*names[:_MAX_CLASSES], *([f"... ({len(names)} in all)"] * (len(names) > _MAX_CLASSES))]
   classes = "".join(["\n\nClasses:\n", *(f"\n- {name}" for name in listed)]) if names else ""
   count = sum(leaf.size for leaf in jax.tree.leaves(pretrained.variables["params"]))
-  steps = enumerate(programs.preprocessing_steps(pretrained), 1)
+  steps = enumerate(programs.preprocessing_steps(pretrained, of_program=form in PROGRAMS), 1)
   notes = json.loads((output / programs.NOTES_FILE).read_text()) if form in PROGRAMS else {}
-  whole = "The program does all steps; its input is uint8 RGB of any size.\n\n"
+  whole = "The program does all steps; its input is uint8 RGB of any size from 2 x 2.\n\n"
   sections = {
     "Use": f"```python\n{_usage(output, form, hub_name)}```",
     "Architecture": f"{type(model).__name__}, {count:,} parameters.\n\n{_table(others)}",
     "Data": f"Training data: {dataset or 'unknown'}." + classes,
     "Metrics": f"{measured}{_table(scores)}" if scores else "Not measured.",
     "Preprocessing": (whole if "in_program" in notes else "")
-    + "\n".join(f"{i}. {step}" for i, step in steps),
+    + "\n".join(f"{i}. {step}" for i, step in steps)
+    + _USAGE.get(form, _USAGE["other"]).get("preprocessing", ""),
   }
   text = f"# {title}\n\nLicence: {license_id}; {MADE_BY} as `{form}`.\n"
   text += "".join(f"\n## {name}\n\n{content}\n" for name, content in sections.items())
@@ -221,10 +222,9 @@ def _front_matter(title: str, scores: Any, tests: Mapping[str, str], **metadata:
   except ImportError:
     logging.info("model card: no metadata of the hub; pip install -e '.[hub]'")
     return ""
-  task, results = metadata["pipeline_tag"], []
-  for metric, value in scores.items() if task and tests else ():
-    dataset = tests[metric.partition("/")[0]]
-    results.append(hf.EvalResult(task, dataset, dataset, metric, value))
+  task = metadata["pipeline_tag"]
+  found = [(*k.split("/", 1), value) for k, value in scores.items()] if task and tests else []
+  results = [hf.EvalResult(task, tests[e], tests[e], k, v) for e, k, v in found if k != "images"]
   more = {"model_name": title, "eval_results": results} if results else {}
   return f"---\n{hf.ModelCardData(**metadata, **more).to_yaml()}\n---\n\n"
 

@@ -94,7 +94,7 @@ CORE = System(
   tasks={"classification": "tasks.classification:Classification"},
   predictors={"classification": "inference.classification:ClassificationPredictor"},
   options=(
-    Option("top_k", int, None, "number of classes to list, or of values to sample from"),
+    Option("top_k", int, None, "number of classes to list (5), or of values to sample from (all)"),
     Option("threshold", float, 0.5, "minimum score"),
     Option("explain", bool, False, "also draw attention maps"),
     Option("seed", int, 0, "random seed"),

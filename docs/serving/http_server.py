@@ -27,10 +27,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     try:
       data = io.BytesIO(self.rfile.read(int(self.headers["Content-Length"])))
       image = np.asarray(Image.open(data).convert("RGB"))
+      best = int(np.argmax(program(image[None])["logits"][0]))
     except (OSError, TypeError, ValueError) as error:
       self.send_error(400, explain=str(error))
       return
-    best = int(np.argmax(program(image[None])["logits"][0]))
     content = json.dumps({"class": names[best] if names else best}).encode()
     self.send_response(200)
     self.send_header("Content-Type", "application/json")

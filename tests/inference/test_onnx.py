@@ -63,9 +63,16 @@ def test_preprocessing_within_program(fields, tmp_path):
     np.testing.assert_allclose(found, np.tile(expected, (2, 1)), atol=0.02)
 
 
-def test_detector_with_preprocessing(tmp_path):
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"interpolation": "bilinear", "fit": "shorter_side", "max_side": 96},
+    {"interpolation": "opencv", "fit": "squash"},  # as the demo
+  ],
+)
+def test_detector_with_preprocessing(tmp_path, fields):
   """Boxes are in pixels of the given image."""
-  made = random_model("detr", interpolation="bilinear", fit="shorter_side", max_side=96)
+  made = random_model("detr", **fields)
   export.write(made, "onnx", str(tmp_path), with_preprocessing=True)
   image = np.random.default_rng(1).integers(0, 256, (100, 130, 3), np.uint8)
   found = run(tmp_path, {"images": image[None]})

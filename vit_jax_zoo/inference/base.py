@@ -67,8 +67,7 @@ class Options(types.SimpleNamespace):
     defaults = {option.name: option.default for option in list_options()}
     check_names("option", given, defaults)
     for option in list_options():
-      value = given.get(option.name)
-      if value is not None and not isinstance(value, _TYPES[option.type]):
+      if not isinstance(value := given.get(option.name), _TYPES[option.type] | None):
         raise ValueError(f"--{option.name}: {value!r}; expected {option.type.__name__}")
     super().__init__(**{**defaults, **given}, given=frozenset(given))
 

@@ -6,6 +6,7 @@ import logging as python_logging
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,10 @@ def write_onnx(pretrained: Pretrained, path: str, **options: Any) -> None:
     jaxpr, outputs = jax.make_jaxpr(function, return_shape=True)(*arguments.values())
     flat = lambda *inputs: tuple(jaxpr_as_fun(jaxpr)(*inputs))  # noqa: E731
     names = {"input_names": list(arguments), "output_names": list(by_name(outputs))}
-    converted = jax2onnx.to_onnx(flat, [*arguments.values()], return_mode="proto", **names)
+    # jax2onnx copies operations with their dimensions' scope, which JAX cannot copy.
+    scope = jax.export.SymbolicScope
+    with mock.patch.object(scope, "__deepcopy__", lambda same, _: same, create=True):
+      converted = jax2onnx.to_onnx(flat, [*arguments.values()], return_mode="proto", **names)
     _pool_two_axes(converted.graph, helper)
     content = converted.SerializeToString()
     runtime.InferenceSession(content)  # raises for a graph that it cannot run
@@ -146,7 +150,7 @@ def program_size(pretrained: Pretrained) -> tuple[int, int]:
   return height, width
 
 
-def preprocessing_steps(pretrained: Pretrained) -> list[str]:
+def preprocessing_steps(pretrained: Pretrained, *, of_program: bool = True) -> list[str]:
   """Returns the preprocessing in words."""
   preprocess = pretrained.preprocess
   is_detector = bool(pretrained.task) and tasks()[pretrained.task].predicts_boxes
@@ -170,7 +174,7 @@ def preprocessing_steps(pretrained: Pretrained) -> list[str]:
     steps.append(f"pad at the right and bottom to {padded}, with any value; crop what exceeds it")
     steps += padding_notes(pretrained)
   numbers = f"minus mean {preprocess.means}, divided by std {preprocess.stds}"
-  return [*steps, f"image / 255, {numbers} (a program does this itself)"]
+  return [*steps, f"image / 255, {numbers}" + " (the program does this itself)" * of_program]
 
 
 def padding_notes(pretrained: Pretrained) -> list[str]:

@@ -4,18 +4,17 @@ import datetime
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any
 
 import rich.console
 import rich.progress
 from absl import logging
 
-T = TypeVar("T")
 _LOG_SECONDS = 10
 _shown: list[str] = []  # a terminal has one bar at a time
 
 
-def track(items: Iterable[T], what: str, total: int | None, unit: str) -> Iterator[T]:
+def track(items: Iterable[Any], what: str, total: int | None, unit: str) -> Iterator[Any]:
   """Yields items with a bar below the output, or a log line at most every 10 s."""
   console = rich.console.Console(stderr=True)
   if console.is_terminal and not _shown and total != 1:

@@ -112,6 +112,13 @@ def test_class_names_option(tmp_path):
     load_source(f"csv:{table}", "all", class_names=("dog", "Cat"))
 
 
+def test_spaces_around_column_names(tmp_path):
+  (tmp_path / "labels.csv").write_text(" path , label\na.jpg , cat\nb.jpg,dog\n")
+  for name in "ab":
+    (tmp_path / f"{name}.jpg").write_bytes(b"")
+  assert load_source(f"csv:{tmp_path / 'labels.csv'}", "all").info.class_names == ("cat", "dog")
+
+
 @pytest.mark.parametrize(
   ("lines", "message"),
   [

@@ -75,7 +75,7 @@ def _read(file: pathlib.Path, split: str, keys: tuple[str, str]) -> tuple[list[s
       stream.seek(0)
       delimiter = max(",;\t", key=header.count)
       reader = csv.DictReader(stream, delimiter=delimiter, strict=True, skipinitialspace=True)
-      columns = list(reader.fieldnames or ())
+      columns = [column.strip() for column in reader.fieldnames or ()]
       image_key, label_key = keys
       renamed = {"path": "", "label": "", image_key: "path", label_key: "label"}
       names = reader.fieldnames = [renamed.get(column, column) for column in columns]
@@ -85,7 +85,7 @@ def _read(file: pathlib.Path, split: str, keys: tuple[str, str]) -> tuple[list[s
   several = label_key == "label" not in columns
   classes = [c for c in names if c not in ("", "path", "split")] if several else []
   if "path" not in names or not (classes or "label" in names):
-    expected = f"{image_key},{label_key} (image_key, label_key), or 0 and 1 for each class"
+    expected = f"{image_key},{label_key} (set data.train.image_key, .label_key), or one a class"
     raise ValueError(f"{file}: the header is {','.join(columns)}; expected {expected}")
   return classes, [_row(fields, classes, f"{file}, row {n}", split) for n, fields in lines]
 

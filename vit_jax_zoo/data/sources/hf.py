@@ -117,7 +117,7 @@ def open_splits(  # noqa: PLR0913  (each is a field of a config)
 def _load(location: str, config_name: str | None, revision: str | None) -> dict[str, Rows]:
   """Returns the rows of each split; a single one is `train`."""
   path, name = os.path.expanduser(location), f"hf:{location}"
-  if not os.path.isdir(path) and location.startswith((os.sep, "~", ".")):
+  if not os.path.isdir(path) and (os.path.exists(path) or location.startswith((os.sep, "~", "."))):
     raise FileNotFoundError(f"{name}: no such folder; expected one, or a name on the hub")
   try:
     if any(os.path.isfile(os.path.join(path, f)) for f in ("dataset_dict.json", "state.json")):
