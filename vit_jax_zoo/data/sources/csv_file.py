@@ -85,7 +85,7 @@ def _read(file: pathlib.Path, split: str, keys: tuple[str, str]) -> tuple[list[s
   several = label_key == "label" not in columns
   classes = [c for c in names if c not in ("", "path", "split")] if several else []
   if "path" not in names or not (classes or "label" in names):
-    expected = f"{image_key},{label_key} (set data.train.image_key, .label_key), or one a class"
+    expected = f"{image_key},{label_key} (set image_key, label_key), or 0 and 1 for each class"
     raise ValueError(f"{file}: the header is {','.join(columns)}; expected {expected}")
   return classes, [_row(fields, classes, f"{file}, row {n}", split) for n, fields in lines]
 
