@@ -147,8 +147,8 @@ def _read_samples(tar: tarfile.TarFile, shard: str, keys: Keys) -> Iterator[list
     image = image_key or min(pictures, key=lambda key: key.count("."), default="jpg")
     label = label_key or ("json" if "json" in found and "cls" not in found else "cls")
     if len(found) < len(members) or image not in found or label not in found:
-      listed, hint = ", ".join(key for key, _ in members), " (set image_key, label_key)"
-      raise ValueError(f"{shard}: {name} has {listed}; expected one {image} and one {label}{hint}")
+      wrong = f"{shard}: {name} has {', '.join(key for key, _ in members)}"
+      raise ValueError(f"{wrong}; expected one {image} and one {label} (image_key, label_key)")
     data = tar.extractfile(found[label])
     value = _parse(data.read() if data else b"", label, label_field, f"{shard}: {name}.{label}")
     yield [name, value, found[image].offset_data, found[image].size]
